@@ -1,0 +1,245 @@
+"""Loss terms of SPARROW, small and pure: masks, filtration head, region proposer."""
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from .box_ops import cxcywh_to_xyxy, generalized_iou, masks_to_boxes, pairwise_iou
+from .configuration_sparrow import SparrowConfig
+
+if TYPE_CHECKING:
+    from .modeling_outputs import FilteredFrame
+
+
+def mask_bce_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Binary cross-entropy of each mask, mean over its pixels.
+
+    Args:
+        logits: `(M, H, W)`.
+        targets: `(M, H, W)` with 0, 1 or -1; -1 pixels add nothing but stay in the mean (released training code).
+
+    Returns:
+        `(M,)` float32.
+    """
+    valid = targets >= 0
+    loss = F.binary_cross_entropy_with_logits(logits.float(), targets.clamp(min=0).float(), reduction="none")
+    return (loss * valid).flatten(1).mean(1)
+
+
+def mask_dice_loss(
+    logits: torch.Tensor, targets: torch.Tensor, scale: float = 1000.0, eps: float = 1e-6
+) -> torch.Tensor:
+    """Dice loss of each mask `(M, H, W)`, -1 pixels left out; `scale` and `eps` as in the LISA family.
+
+    Returns `(M,)`.
+    """
+    valid = targets >= 0
+    probability = (logits.float().sigmoid() * valid).flatten(1)
+    target = (targets.clamp(min=0).float() * valid).flatten(1)
+    intersection = (probability / scale * target).sum(1)
+    total = (probability / scale).sum(1) + (target / scale).sum(1)
+    return 1 - (2 * intersection + eps) / (total + eps)
+
+
+def filtration_targets(iou: torch.Tensor, positive: float, negative: float) -> torch.Tensor:
+    """Labels of proposals by their IoU with the target of the same frame (paper, task adaptation).
+
+    1 above `positive`, 0 below `negative`, -1 (ignored) between. Any shape; NaN IoU (target absent) gives 0.
+    """
+    iou = torch.nan_to_num(iou, nan=0.0)
+    return torch.where(iou > positive, 1.0, torch.where(iou < negative, 0.0, -1.0))
+
+
+def filtration_class_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean binary cross-entropy over the proposals whose target is 0 or 1; -1 is ignored. Scalar."""
+    valid = targets >= 0
+    if not valid.any():
+        return logits.sum() * 0.0
+    return F.binary_cross_entropy_with_logits(logits[valid].float(), targets[valid])
+
+
+def box_regression_loss(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """L1 + (1 - generalised IoU), mean over boxes. Both `(M, 4)` normalised xyxy; zero (with gradient) if `M` is 0."""
+    if predicted.shape[0] == 0:
+        return predicted.sum() * 0.0
+    return (
+        F.l1_loss(predicted.float(), target.float()) + (1 - generalized_iou(predicted.float(), target.float())).mean()
+    )
+
+
+def sigmoid_focal_loss(logits: torch.Tensor, targets: torch.Tensor, alpha: float, gamma: float = 2.0) -> torch.Tensor:
+    """Focal loss (arXiv 1708.02002) per element; any shape."""
+    probability = logits.sigmoid()
+    loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    missed = probability * (1 - targets) + (1 - probability) * targets
+    return (alpha * targets + (1 - alpha) * (1 - targets)) * loss * missed**gamma
+
+
+class HungarianMatcher:
+    """One-to-one assignment of proposals to ground-truth boxes, costs of Deformable DETR (arXiv 2010.04159)."""
+
+    def __init__(self, class_cost: float, l1_cost: float, giou_cost: float, focal_alpha: float):
+        self.class_cost, self.l1_cost, self.giou_cost = class_cost, l1_cost, giou_cost
+        self.focal_alpha = focal_alpha
+
+    @torch.no_grad()
+    def __call__(
+        self, logits: torch.Tensor, boxes: torch.Tensor, targets: list[torch.Tensor]
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Match `logits` `(B, Q)` and `boxes` `(B, Q, 4)` to `targets[b]` `(N_b, 4)`, all boxes normalised cxcywh.
+
+        Returns for each picture the matched proposal and target indices.
+        """
+        try:
+            from scipy.optimize import linear_sum_assignment
+        except ImportError as error:
+            raise ImportError(
+                "The loss of the region proposer needs scipy: pip install 'sparrow-video-grounding[train]'"
+            ) from error
+
+        probability = logits.float().sigmoid()
+        alpha, eps = self.focal_alpha, 1e-8
+        negative = (1 - alpha) * probability**2 * -(1 - probability + eps).log()
+        positive = alpha * (1 - probability) ** 2 * -(probability + eps).log()
+        matches = []
+        for b, target in enumerate(targets):
+            predicted = boxes[b].float()
+            giou = generalized_iou(cxcywh_to_xyxy(predicted)[:, None], cxcywh_to_xyxy(target.float())[None])
+            cost = (
+                self.class_cost * (positive[b] - negative[b])[:, None]
+                + self.l1_cost * torch.cdist(predicted, target.float(), p=1)
+                - self.giou_cost * giou
+            )
+            rows, columns = linear_sum_assignment(cost.cpu().numpy())
+            matches.append((torch.as_tensor(rows, device=boxes.device), torch.as_tensor(columns, device=boxes.device)))
+        return matches
+
+
+def proposal_loss(
+    logits: torch.Tensor, boxes: torch.Tensor, targets: list[torch.Tensor], matcher: HungarianMatcher
+) -> dict[str, torch.Tensor]:
+    """Objectness, L1 and GIoU of one set of proposals (one decoder layer, or the encoder stage).
+
+    Args:
+        logits: `(B, Q)` objectness logits.
+        boxes: `(B, Q, 4)` normalised cxcywh.
+        targets: per picture `(N_b, 4)` normalised cxcywh.
+
+    Returns:
+        `loss_ce`, `loss_bbox`, `loss_giou`, each divided by the number of ground-truth boxes (at least one).
+    """
+    matches = matcher(logits, boxes, targets)
+    num_boxes = max(sum(len(target) for target in targets), 1)
+    labels = torch.zeros_like(logits, dtype=torch.float32)
+    for b, (rows, _) in enumerate(matches):
+        labels[b, rows] = 1.0
+    predicted = torch.cat([boxes[b, rows] for b, (rows, _) in enumerate(matches)]).float()
+    target = torch.cat([targets[b][columns] for b, (_, columns) in enumerate(matches)]).float()
+    giou = generalized_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(target))
+    return {
+        "loss_ce": sigmoid_focal_loss(logits.float(), labels, matcher.focal_alpha).sum() / num_boxes,
+        "loss_bbox": F.l1_loss(predicted, target, reduction="sum") / num_boxes,
+        "loss_giou": (1 - giou).sum() / num_boxes,
+    }
+
+
+def filter_losses(
+    config: SparrowConfig,
+    filtered: "list[FilteredFrame]",
+    mask_labels: torch.Tensor,
+    box_labels: torch.Tensor | None = None,
+) -> dict[str, torch.Tensor]:
+    """Class and box loss of the filtration head on some frames of one video, against the boxes of those frames.
+
+    Args:
+        config: which IoU makes a positive or a negative.
+        filtered: scores of `S` tokens.
+        mask_labels: `(S', T, H, W)`; tokens without a mask are left out.
+        box_labels: `(S', M, T, 4)` normalised xyxy, NaN where absent; default the tight boxes of the masks.
+
+    Returns:
+        `filter_class_loss`, and `filter_box_loss` (mean over the tokens that have positives) if boxes are regressed.
+    """
+    rules = config.filtration_config
+    logits = torch.cat([frame.output.logits for frame in filtered], dim=1)  # (S, F, Q)
+    proposals = torch.cat([frame.proposals.boxes for frame in filtered])  # (F, Q, 4)
+    valid = torch.cat([frame.proposals.valid for frame in filtered])
+    S = min(len(logits), len(mask_labels))
+    if S == 0:
+        return {}
+    if rules.variant == "released":
+        targets = boxes_over_time(mask_labels[:S])[:, None, None]  # (S, 1, 1, 4)
+    else:
+        boxes = tight_boxes(mask_labels)[:, None] if box_labels is None else box_labels
+        targets = boxes[:S, :, [frame.frame_index for frame in filtered]].transpose(1, 2)  # (S, F, M, 4)
+    iou, nearest = pairwise_iou(proposals, targets.to(proposals.dtype)).nan_to_num(nan=-1.0).max(dim=-1)  # (S, F, Q)
+    labels = filtration_targets(iou, rules.positive_iou, rules.negative_iou).masked_fill(~valid, -1.0)
+    losses = {"filter_class_loss": filtration_class_loss(logits[:S], labels)}
+    if filtered[0].output.regressed_boxes is not None:
+        regressed = torch.cat([frame.output.regressed_boxes for frame in filtered], dim=1)[:S]
+        wanted = targets.gather(2, nearest[..., None].expand(-1, -1, -1, 4))
+        per_token = [
+            box_regression_loss(regressed[s][positive], wanted[s][positive])
+            for s, positive in enumerate(labels == 1)
+            if positive.any()
+        ]
+        losses["filter_box_loss"] = torch.stack(per_token).mean() if per_token else regressed.sum() * 0.0
+    return losses
+
+
+def mask_losses(
+    config: SparrowConfig,
+    mask_logits: list[list[torch.Tensor]],
+    num_frames: list[int],
+    mask_labels: list[torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """BCE and Dice over the frames of every token, mean over the masks that count.
+
+    With memory propagation a frame without the object is left to SAM2's own object score; frame-wise decoding
+    compares it with an empty mask, as released training does.
+
+    Args:
+        config: `max_training_tokens` and the way of propagation.
+        mask_logits: per video and token `(T, h, w)`.
+        num_frames: per video, frames that are not padding.
+        mask_labels: per video `(S, T_v, H, W)` of 1, 0 and -1.
+
+    Raises:
+        ValueError: if a video has not as many masks as [SEG] tokens.
+    """
+    framewise = config.mask_tracker_config.propagation == "framewise"
+    bce, dice, count = [], [], 0
+    for logits, T, labels in zip(mask_logits, num_frames, mask_labels, strict=True):
+        labels = labels[: config.max_training_tokens]
+        if len(logits) != len(labels):
+            raise ValueError(f"A video has {len(logits)} [SEG] tokens, but masks for {len(labels)} are given.")
+        if not logits:
+            continue
+        target = labels.flatten(0, 1)  # (S * T, H, W)
+        use = (target >= 0).flatten(1).any(1) if framewise else (target > 0).flatten(1).any(1)
+        predicted = torch.stack(logits)[:, :T].flatten(0, 1)[use, None].float()
+        predicted = F.interpolate(predicted, size=target.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
+        bce.append(mask_bce_loss(predicted, target[use]).sum())
+        dice.append(mask_dice_loss(predicted, target[use]).sum())
+        count += int(use.sum())
+    if not bce:
+        return {}
+    return {
+        "mask_bce_loss": torch.stack(bce).sum() / max(count, 1),
+        "mask_dice_loss": torch.stack(dice).sum() / max(count, 1),
+    }
+
+
+def tight_boxes(masks: torch.Tensor) -> torch.Tensor:
+    """Boxes of masks `(…, H, W)` as a share of the picture: `(…, 4)` normalised xyxy, NaN where empty."""
+    H, W = masks.shape[-2:]
+    return masks_to_boxes(masks) / torch.tensor([W, H, W, H], device=masks.device, dtype=torch.float32)
+
+
+def boxes_over_time(masks: torch.Tensor) -> torch.Tensor:
+    """Released targets of the filter: masks `(S, T, H, W)` united over time, `(S, 4)` normalised xyxy.
+
+    The proposals come from the first frame alone, so a moving object gets a box that fits none of them.
+    """
+    return tight_boxes((masks > 0).any(dim=1))

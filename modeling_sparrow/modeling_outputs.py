@@ -1,0 +1,188 @@
+"""What the models return."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import Cache
+from transformers.utils import ModelOutput
+
+from .filtration_head import FiltrationOutput
+from .mask_tracker import FrameMasks, TrackedObject
+from .region_proposer import RegionProposals
+
+
+@dataclass
+class SparrowModelOutput(ModelOutput):
+    """
+    Args:
+        last_hidden_state: `(B, L, D)`, normalised, the state that predicts the next token.
+        logits: `(B, L, vocabulary)` or of the last `logits_to_keep` positions.
+        past_key_values: cache of the language model.
+        hidden_states, attentions: of the language model, when asked for.
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor | None, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class SparrowOutput(ModelOutput):
+    """Output of training, `S` [SEG] tokens of the batch in row order.
+
+    Args:
+        loss: weighted sum of the losses below that apply.
+        ce_loss, mask_bce_loss, mask_dice_loss, filter_class_loss, filter_box_loss, proposer_loss: unweighted scalars.
+        logits, past_key_values, hidden_states, attentions: of the language model.
+        box_embeddings, seg_embeddings: `(S, prompt_size)`, what the two heads made of the tokens.
+        mask_logits: `(S, T, h, w)` low-resolution mask logits of each token on each frame.
+        boxes: per token `(K, 4)` normalised xyxy, the boxes that prompted it.
+    """
+
+    loss: torch.Tensor | None = None
+    ce_loss: torch.Tensor | None = None
+    mask_bce_loss: torch.Tensor | None = None
+    mask_dice_loss: torch.Tensor | None = None
+    filter_class_loss: torch.Tensor | None = None
+    filter_box_loss: torch.Tensor | None = None
+    proposer_loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor | None, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    box_embeddings: torch.Tensor | None = None
+    seg_embeddings: torch.Tensor | None = None
+    mask_logits: torch.Tensor | None = None
+    boxes: list[torch.Tensor] | None = None
+
+
+@dataclass
+class FilteredFrame:
+    """Proposals of one frame (`F` = 1) and the scores that `S` [BOX] embeddings gave them."""
+
+    frame_index: int
+    proposals: RegionProposals
+    output: FiltrationOutput
+
+    @staticmethod
+    def split(proposals: RegionProposals, output: FiltrationOutput, frames: list[int]) -> "list[FilteredFrame]":
+        """Proposals and scores of several frames, one by one."""
+        per_frame = ("logits", "confidence", "boxes", "regressed_boxes")
+        return [
+            FilteredFrame(
+                frame,
+                RegionProposals(**{name: value[i : i + 1] for name, value in proposals.items()}),
+                FiltrationOutput(
+                    **{name: value[:, i : i + 1] if name in per_frame else value for name, value in output.items()}
+                ),
+            )
+            for i, frame in enumerate(frames)
+        ]
+
+
+@dataclass
+class LocatedBoxes:
+    """Where one [BOX] token was found.
+
+    Args:
+        frame_index: the frame to prompt.
+        boxes: `(K, 4)` normalised xyxy; `K` may be 0.
+        scores: `(K,)` confidence.
+        token: `(D,)` embedding after attending to the proposals (released variant), else the one given.
+        proposals: of that frame, before the choice.
+        confidence: `(Q,)` of each proposal.
+    """
+
+    frame_index: int
+    boxes: torch.Tensor
+    scores: torch.Tensor
+    token: torch.Tensor
+    proposals: RegionProposals
+    confidence: torch.Tensor
+
+
+@dataclass
+class AnswerTokens:
+    """What one generated answer says about objects.
+
+    Args:
+        box, seg: `(n, P)` embeddings of its [BOX] and [SEG] tokens; equally many unless one kind is absent.
+        positions: index of each [SEG] (or [BOX]) among the generated tokens.
+        warnings: sentences about tokens that were dropped.
+    """
+
+    box: torch.Tensor
+    seg: torch.Tensor
+    positions: list[int]
+    warnings: list[str]
+
+
+@dataclass
+class GroundedObject:
+    """One object of an answer.
+
+    Args:
+        token_position: index of its [SEG] (or [BOX]) among the generated tokens.
+        frame_index: frame it was prompted on.
+        box: `(4,)` normalised xyxy on that frame, or None if [SEG] alone prompted it.
+        score: confidence of the box, or of the mask on the prompted frame.
+        frame_scores: `(T,)` confidence on each frame.
+        object_logits: `(T,)` logit of being there on each frame.
+        mask_logits: `(T, h, w)` low-resolution logits over the square frame, or None if they went to a sink.
+    """
+
+    token_position: int
+    frame_index: int
+    box: torch.Tensor | None
+    score: float | None
+    frame_scores: torch.Tensor
+    object_logits: torch.Tensor
+    mask_logits: torch.Tensor | None = None
+
+    @classmethod
+    def start(
+        cls, position: int, tracked: TrackedObject, place: LocatedBoxes | None, k: int, num_frames: int
+    ) -> "GroundedObject":
+        """An object before its first mask; `k` is its box among those of its token."""
+        return cls(
+            token_position=position,
+            frame_index=tracked.frame_index,
+            box=place.boxes[k].cpu() if place is not None else None,
+            score=place.scores[k].item() if place is not None else None,
+            frame_scores=torch.zeros(num_frames),
+            object_logits=torch.full((num_frames,), -torch.inf),
+        )
+
+    def record(self, masks: FrameMasks, row: int, keep_logits: bool):
+        """Take over row `row` of the masks of one frame."""
+        t = masks.frame_index
+        self.frame_scores[t] = masks.score[row].float().cpu()
+        self.object_logits[t] = masks.object_logits[row].float().cpu()
+        if self.score is None and t == self.frame_index:
+            self.score = self.frame_scores[t].item()
+        if keep_logits:
+            logits = masks.logits[row].cpu()
+            if self.mask_logits is None:
+                self.mask_logits = logits.new_zeros(len(self.frame_scores), *logits.shape)
+            self.mask_logits[t] = logits
+
+
+@dataclass
+class GroundingOutput(ModelOutput):
+    """Answers of `ground`.
+
+    Args:
+        sequences: `(B, L)` generated ids, prompt removed.
+        objects: for each row its [`GroundedObject`]s, in the order of the tokens.
+        num_frames: for each row, frames of its video.
+        warnings: for each row, sentences about tokens that could not be paired.
+        timings: seconds spent in `generate`, `locate` and `propagate`.
+    """
+
+    sequences: torch.LongTensor | None = None
+    objects: list[list[GroundedObject]] | None = None
+    num_frames: list[int] | None = None
+    warnings: list[list[str]] | None = None
+    timings: dict[str, float] | None = None

@@ -1,0 +1,759 @@
+"""SPARROW: text, boxes and masks for a query about a video (arXiv 2603.12382).
+
+    frames ──> host (video language model) ──> text with [BOX] [SEG]
+    frames ──> SAM2 pyramid, once per frame ──> region proposals ─ filtration([BOX]) ─> boxes
+                                            └─> mask tracker(boxes, [SEG]) ──> masks on every frame
+
+`SparrowModel` holds the parts, `SparrowForVideoGrounding` speaks: `forward` trains, `ground` answers, by way of
+`generate` (text), `locate` (tokens to boxes), `segment` (boxes and tokens to masks on a frame) and `propagate` (to
+every frame).
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+from transformers import Cache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.models.deformable_detr.modeling_deformable_detr import DeformableDetrMultiscaleDeformableAttention
+from transformers.utils import can_return_tuple
+
+from .configuration_sparrow import SparrowConfig
+from .filtration_head import FiltrationHead, FiltrationOutput, ReleasedFiltrationHead, select_boxes
+from .frame_pyramid import ClipPyramids, FramePyramid, FrameStream, TensorFrames, VideoPyramids
+from .losses import filter_losses, mask_losses
+from .mask_tracker import FrameMasks, MaskPrompt, MaskTracker, TrackedObject
+from .modeling_outputs import (
+    AnswerTokens,
+    FilteredFrame,
+    GroundedObject,
+    GroundingOutput,
+    LocatedBoxes,
+    SparrowModelOutput,
+    SparrowOutput,
+)
+from .modeling_videoglamm import VideoGlammHost, grad_if_trainable, is_trainable
+from .region_proposer import RegionProposals, RegionProposer
+from .released_rules import align_boxes, filter_by_box_prior
+
+# inputs of the first generation step only
+_PIXEL_INPUTS = (
+    "spatial_pixel_values",
+    "temporal_pixel_values",
+    "num_frames",
+    "video_index",
+    "tsf_pixel_values",
+    "num_tsf_crops",
+)
+
+
+class TokenHead(nn.Module):
+    """L->V head: hidden state of the language model to the prompt space of the mask decoder."""
+
+    def __init__(self, input_size: int, output_size: int):
+        super().__init__()
+        self.fc1 = nn.Linear(input_size, input_size)
+        self.fc2 = nn.Linear(input_size, output_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(nn.functional.relu(self.fc1(hidden_states)))
+
+
+class SparrowPreTrainedModel(PreTrainedModel):
+    config: SparrowConfig
+    config_class = SparrowConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ("video", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["InternVideo2Layer", "CLIPEncoderLayer", "DeformableDetrEncoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, DeformableDetrMultiscaleDeformableAttention):
+            _init_deformable_attention(module)
+        elif isinstance(module, RegionProposer):
+            init.normal_(module.level_embedding, std=std)
+            # rare objects: start the focal loss at a probability of 0.01
+            heads = [module.encoder_objectness_head, *(head for heads in module.objectness_heads for head in heads)]
+            for head in heads:
+                init.constant_(head.bias, -math.log(99.0))
+            for box_head in module.box_heads:  # start at the anchors
+                init.zeros_(box_head.layers[-1].weight)
+                init.zeros_(box_head.layers[-1].bias)
+        elif isinstance(module, FiltrationHead):
+            init.normal_(module.cell_embedding, std=std)
+            init.zeros_(module.refinement_head[-1].weight)
+            init.zeros_(module.refinement_head[-1].bias)
+            if module.config.dot_product_score:
+                init.constant_(module.dot_scale, math.log(10.0))
+        elif isinstance(module, ReleasedFiltrationHead):
+            init.constant_(module.roi_gate, module.config.roi_gate_init)
+
+
+def _init_deformable_attention(module: DeformableDetrMultiscaleDeformableAttention):
+    """Sampling points start on rays around the reference point, one direction per head (arXiv 2010.04159)."""
+    angle = torch.arange(module.n_heads, dtype=torch.float32) * (2 * math.pi / module.n_heads)
+    direction = torch.stack([angle.cos(), angle.sin()], dim=-1)
+    direction = direction / direction.abs().amax(-1, keepdim=True)
+    radius = torch.arange(1, module.n_points + 1, dtype=torch.float32)
+    offsets = direction[:, None, None] * radius[None, None, :, None]  # (heads, 1, points, 2)
+    init.zeros_(module.sampling_offsets.weight)
+    init.copy_(module.sampling_offsets.bias, offsets.expand(-1, module.n_levels, -1, -1).flatten())
+    init.zeros_(module.attention_weights.weight)
+    init.zeros_(module.attention_weights.bias)
+    for projection in (module.value_proj, module.output_proj):
+        init.xavier_uniform_(projection.weight)
+        init.zeros_(projection.bias)
+
+
+class SparrowModel(SparrowPreTrainedModel):
+    """The parts of SPARROW: host, token heads, mask tracker, region proposer, filtration head.
+
+    `forward` runs the host alone and returns its states and logits.
+    """
+
+    def __init__(self, config: SparrowConfig):
+        super().__init__(config)
+        text_size, prompt_size = config.text_config.hidden_size, config.prompt_size
+        channels = config.mask_tracker_config.pyramid_channels
+        self.host = VideoGlammHost(config)
+        self.seg_head = TokenHead(text_size, prompt_size)
+        self.box_head = None if config.shared_token_head else TokenHead(text_size, prompt_size)
+        self.mask_tracker = MaskTracker(config.mask_tracker_config)
+        self.region_proposer = self.filtration_head = None
+        if config.box_guidance:
+            # its attention layers are no PreTrainedModel, nobody else tells them
+            config.proposer_config._attn_implementation = config._attn_implementation
+            self.region_proposer = RegionProposer(config.proposer_config, channels)
+            if config.filtration_config.variant == "released":
+                self.filtration_head = ReleasedFiltrationHead(
+                    config.filtration_config, prompt_size, config.proposer_config.d_model, channels
+                )
+            else:
+                self.filtration_head = FiltrationHead(config.filtration_config, prompt_size, channels)
+        self.post_init()
+
+    def train(self, mode: bool = True) -> "SparrowModel":
+        """Parts without a trainable parameter stay in evaluation mode: no dropout in what is frozen."""
+        super().train(mode)
+        host = self.host
+        parts = [*(getattr(host, name) for name in host.towers), self.mask_tracker, self.region_proposer]
+        for part in parts:
+            if part is not None and not is_trainable(part):
+                part.eval()
+        return self
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.host.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.host.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.host.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module):
+        self.host.language_model.set_output_embeddings(value)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        spatial_pixel_values: torch.Tensor | None = None,
+        temporal_pixel_values: torch.Tensor | None = None,
+        num_frames: torch.Tensor | None = None,
+        video_index: torch.Tensor | None = None,
+        tsf_pixel_values: torch.Tensor | None = None,
+        num_tsf_crops: torch.Tensor | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
+        **kwargs,
+    ) -> SparrowModelOutput:
+        """See [`VideoGlammHost.embed`] for the pixel inputs; the rest goes to the language model."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if inputs_embeds is None:
+            inputs_embeds = self.host.embed(
+                input_ids,
+                spatial_pixel_values,
+                temporal_pixel_values,
+                num_frames,
+                video_index,
+                tsf_pixel_values,
+                num_tsf_crops,
+            )
+        output = self.host.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            output_hidden_states=output_hidden_states or [-1],
+            **kwargs,
+        )
+        return SparrowModelOutput(
+            last_hidden_state=output.hidden_states[-1],
+            logits=output.logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states if output_hidden_states else None,
+            attentions=output.attentions,
+        )
+
+    def token_embeddings(self, states: torch.Tensor, token_id: int) -> torch.Tensor:
+        """Prompt embeddings `(S, prompt_size)` of the states `(S, D)` that predict [BOX] or [SEG]."""
+        is_box = token_id == self.config.box_token_id
+        return (self.box_head if is_box and self.box_head is not None else self.seg_head)(states)
+
+    def propose(self, pyramid: FramePyramid, pixel_values: torch.Tensor | None = None) -> RegionProposals:
+        """Region proposals of frames.
+
+        Args:
+            pyramid: of `F` frames.
+            pixel_values: `(F, 3, s, s)` of the same frames at `proposer_config.image_size`, for a proposer that does
+                not share the pyramid.
+        """
+        return self.region_proposer.propose(self.proposer_levels(pyramid, pixel_values))
+
+    def proposer_levels(self, pyramid: FramePyramid, pixel_values: torch.Tensor | None = None) -> list[torch.Tensor]:
+        """Feature levels the proposer reads."""
+        if self.config.proposer_config.image_size is None:
+            return list(pyramid.levels)
+        if pixel_values is None:
+            size = self.config.proposer_config.image_size
+            raise ValueError(f"This proposer encodes pictures of {size} px on its own: give proposer_pixel_values.")
+        if self.region_proposer.vision_encoder is not None:
+            return self.region_proposer.encode_pictures(pixel_values)
+        return list(self.mask_tracker.encode_frames(pixel_values).levels)
+
+    def filter(self, tokens: torch.Tensor, proposals: RegionProposals, pyramid: FramePyramid) -> FiltrationOutput:
+        """Score proposals of `F` frames for [BOX] embeddings `(S, D)` of one video."""
+        levels = [*pyramid.levels[:-1], self.mask_tracker.features_without_memory(pyramid)]
+        return self.filtration_head(tokens, proposals, levels)
+
+
+class SparrowForVideoGrounding(SparrowPreTrainedModel, GenerationMixin):
+    """Answers a query about a video with text, boxes and masks.
+
+    ```python
+    inputs = processor(text="the red ring", videos="clip.mp4", return_tensors="pt")
+    output = model.ground(**inputs)
+    result = processor.post_process_grounding(output, inputs)[0]
+    ```
+    """
+
+    def __init__(self, config: SparrowConfig):
+        super().__init__(config)
+        self.loss_type = "ForCausalLM"
+        self.model = SparrowModel(config)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.model.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module):
+        self.model.set_output_embeddings(value)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        spatial_pixel_values: torch.Tensor | None = None,
+        temporal_pixel_values: torch.Tensor | None = None,
+        num_frames: torch.Tensor | None = None,
+        video_index: torch.Tensor | None = None,
+        tsf_pixel_values: torch.Tensor | None = None,
+        num_tsf_crops: torch.Tensor | None = None,
+        mask_pixel_values: torch.Tensor | None = None,
+        num_mask_frames: torch.Tensor | None = None,
+        proposer_pixel_values: torch.Tensor | None = None,
+        mask_labels: list[torch.Tensor] | None = None,
+        box_labels: list[torch.Tensor] | None = None,
+        original_sizes: torch.Tensor | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> SparrowOutput:
+        """Language modelling, and grounding of every [BOX] [SEG] pair in `input_ids` if `mask_pixel_values` are given.
+
+        Args:
+            input_ids, attention_mask, position_ids, labels: `(B, L)`; labels of -100 are ignored.
+            spatial_pixel_values, temporal_pixel_values, num_frames, video_index, tsf_pixel_values, num_tsf_crops: see
+                [`VideoGlammHost.embed`].
+            mask_pixel_values: `(V, T, 3, S, S)` frames for SAM2, one clip per video, padded at the end.
+            num_mask_frames: `(V,)` frames of each clip that are not padding; default all.
+            proposer_pixel_values: `(V, 3, s, s)` first frame of each clip, for a proposer that encodes on its own.
+            mask_labels: per video `(S_v, T_v, H, W)`, one mask per [SEG] in row order; 1 object, 0 background,
+                -1 ignored.
+            box_labels: per video `(S_v, M, T_v, 4)` normalised xyxy, NaN where absent; a token may mean up to `M`
+                objects. Default: the tight boxes of `mask_labels`.
+            original_sizes: `(V, 2)` height and width of the videos; only the released box prior needs them.
+
+        Raises:
+            ValueError: if tokens and labels do not match in number.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            spatial_pixel_values=spatial_pixel_values,
+            temporal_pixel_values=temporal_pixel_values,
+            num_frames=num_frames,
+            video_index=video_index,
+            tsf_pixel_values=tsf_pixel_values,
+            num_tsf_crops=num_tsf_crops,
+            output_hidden_states=output_hidden_states,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+        losses = {}
+        if labels is not None:
+            vocab_size = self.config.text_config.vocab_size
+            losses["ce_loss"] = self.loss_function(logits=outputs.logits, labels=labels, vocab_size=vocab_size)
+        grounding = {}
+        if mask_pixel_values is not None:
+            tokens = self._tokens_by_video(outputs.last_hidden_state, input_ids, video_index, len(mask_pixel_values))
+            grounding, grounding_losses = self._ground_clips(
+                tokens,
+                mask_pixel_values,
+                num_mask_frames,
+                proposer_pixel_values,
+                mask_labels,
+                box_labels,
+                original_sizes,
+            )
+            losses |= grounding_losses
+        return SparrowOutput(
+            loss=self._total_loss(losses),
+            **losses,
+            logits=outputs.logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            **grounding,
+        )
+
+    def _total_loss(self, losses: dict[str, torch.Tensor]) -> torch.Tensor | None:
+        if not losses:
+            return None
+        return sum(getattr(self.config, f"{name}_weight") * value for name, value in losses.items())
+
+    # ------------------------------------------------------------------ training
+
+    def _tokens_by_video(
+        self, hidden_states: torch.Tensor, input_ids: torch.Tensor, video_index: torch.Tensor | None, num_videos: int
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """[BOX] and [SEG] embeddings of each video, `(S, P)` each, rows in order.
+
+        The state used for a token is that of the position that predicts it.
+        """
+        rows = range(len(input_ids)) if video_index is None else video_index.tolist()
+        limit = self.config.max_training_tokens
+        tokens = []
+        for video in range(num_videos):
+            own = [b for b, index in enumerate(rows) if index == video]
+            states, following = hidden_states[own, :-1], input_ids[own, 1:]
+            embeddings = [
+                self.model.token_embeddings(states[following == token_id], token_id)[:limit]
+                for token_id in (self.config.box_token_id, self.config.seg_token_id)
+            ]
+            tokens.append(tuple(embeddings))
+        return tokens
+
+    def _ground_clips(
+        self,
+        tokens: list[tuple[torch.Tensor, torch.Tensor]],
+        mask_pixel_values: torch.Tensor,
+        num_mask_frames: torch.Tensor | None,
+        proposer_pixel_values: torch.Tensor | None,
+        mask_labels: list[torch.Tensor] | None,
+        box_labels: list[torch.Tensor] | None,
+        original_sizes: torch.Tensor | None,
+    ) -> tuple[dict, dict[str, torch.Tensor]]:
+        """Boxes and masks of the tokens of a batch of clips, and their losses where there are labels."""
+        V, T = mask_pixel_values.shape[:2]
+        counts = [T] * V if num_mask_frames is None else num_mask_frames.tolist()
+        pyramid = self._encode_clips(mask_pixel_values)
+        objects: list[TrackedObject] = []
+        clip_of_object: list[int] = []
+        objects_of_token: list[list[list[int]]] = []  # per video, per token
+        boxes: list[torch.Tensor] = []
+        losses: list[dict[str, torch.Tensor]] = []
+        for v, (box_tokens, seg_tokens) in enumerate(tokens):
+            located: list[LocatedBoxes] = []
+            queries = self._box_queries(box_tokens, seg_tokens)
+            if len(queries):
+                frames = self.candidate_frames(counts[v])
+                pixels = None if proposer_pixel_values is None else proposer_pixel_values[v : v + 1]
+                filtered = self._filter_frames(queries, pyramid[[v * T + t for t in frames]], frames, pixels)
+                located = self._choose(queries, filtered)
+                if original_sizes is not None:
+                    self._apply_box_prior(located, pyramid[v * T : v * T + 1], tuple(original_sizes[v].tolist()))
+                if mask_labels is not None:
+                    target = None if box_labels is None else box_labels[v]
+                    losses.append(filter_losses(self.config, filtered, mask_labels[v], target))
+            objects_of_token.append([])
+            for token_objects in self.tracked_objects(self._mask_queries(box_tokens, seg_tokens, located), located):
+                objects_of_token[-1].append([len(objects) + k for k in range(len(token_objects))])
+                objects += token_objects
+                clip_of_object += [v] * len(token_objects)
+            boxes += [place.boxes for place in located]
+        clips = torch.tensor(clip_of_object, device=mask_pixel_values.device, dtype=torch.int64)
+        masks = self._propagate_clips(ClipPyramids(pyramid, T, clips), objects)
+        mask_logits = [
+            [torch.stack([masks[k] for k in own]).amax(dim=0) for own in video] for video in objects_of_token
+        ]
+        grounding = {
+            "box_embeddings": torch.cat([box for box, _ in tokens]),
+            "seg_embeddings": torch.cat([seg for _, seg in tokens]),
+            "mask_logits": torch.stack([logits for video in mask_logits for logits in video]) if objects else None,
+            "boxes": boxes,
+        }
+        names = sorted({name for loss in losses for name in loss})
+        mean = {name: torch.stack([loss[name] for loss in losses if name in loss]).mean() for name in names}
+        if mask_labels is not None:
+            mean |= mask_losses(self.config, mask_logits, counts, mask_labels)
+        return grounding, mean
+
+    def _encode_clips(self, mask_pixel_values: torch.Tensor) -> FramePyramid:
+        with grad_if_trainable(self.model.mask_tracker.sam2.vision_encoder):
+            return self.model.mask_tracker.encode_frames(mask_pixel_values.flatten(0, 1))
+
+    def _propagate_clips(self, clips: ClipPyramids, objects: list[TrackedObject]) -> list[torch.Tensor]:
+        """Mask logits `(T, h, w)` of every object, before absent ones are emptied."""
+        frames: dict[tuple[int, int], torch.Tensor] = {}
+        for masks in self.model.mask_tracker.propagate(clips, objects):
+            for row, logits in zip(masks.objects, masks.raw_logits, strict=True):
+                frames[row, masks.frame_index] = logits
+        return [torch.stack([frames[row, t] for t in range(len(clips))]) for row in range(len(objects))]
+
+    # ------------------------------------------------------------------ tokens to boxes
+
+    def candidate_frames(self, num_frames: int) -> list[int]:
+        """Frames that are searched for the best one to prompt, spread over the clip, the first one first."""
+        count = min(self.config.num_prompt_frames, num_frames)
+        return sorted({round(i * (num_frames - 1) / max(count - 1, 1)) for i in range(count)})
+
+    def locate(
+        self,
+        box_embeddings: torch.Tensor,
+        pyramids: VideoPyramids,
+        proposer_pixel_values: torch.Tensor | None = None,
+    ) -> list[LocatedBoxes]:
+        """Choose the boxes of [BOX] embeddings `(S, P)` in one video.
+
+        Each token takes the first candidate frame on which a proposal passes the score threshold, otherwise the frame
+        of its most confident proposal. Later frames are looked at only for tokens that need them.
+
+        Args:
+            box_embeddings: from `token_embeddings`.
+            pyramids: the video, see [`MaskTracker.encode_video`].
+            proposer_pixel_values: `(1, 3, s, s)` first frame, for a proposer that encodes on its own.
+        """
+        filtered: list[FilteredFrame] = []
+        threshold = self.config.filtration_config.score_threshold
+        settled = torch.zeros(len(box_embeddings), dtype=torch.bool, device=box_embeddings.device)
+        for frame in self.candidate_frames(len(pyramids)):
+            filtered += self._filter_frames(box_embeddings, pyramids.at(frame), [frame], proposer_pixel_values)
+            settled |= filtered[-1].output.confidence.amax((1, 2)) >= threshold
+            if settled.all():
+                break
+        return self._choose(box_embeddings, filtered)
+
+    def _box_queries(self, box_tokens: torch.Tensor, seg_tokens: torch.Tensor) -> torch.Tensor:
+        """Embeddings that query the proposals. Released models let [SEG] do it in an answer without [BOX]."""
+        if not self.config.box_guidance:
+            return box_tokens[:0]
+        released = self.config.filtration_config.variant == "released"
+        return seg_tokens if released and not len(box_tokens) else box_tokens
+
+    def _mask_queries(
+        self, box_tokens: torch.Tensor, seg_tokens: torch.Tensor, located: list[LocatedBoxes]
+    ) -> torch.Tensor:
+        """Embeddings that prompt the masks: [SEG], after attending to the proposals if it queried them itself."""
+        if located and not len(box_tokens):
+            return torch.stack([place.token for place in located])
+        return seg_tokens
+
+    def _filter_frames(
+        self, tokens: torch.Tensor, pyramid: FramePyramid, frames: list[int], pixel_values: torch.Tensor | None
+    ) -> list[FilteredFrame]:
+        """Proposals and scores of some frames of one video, computed together."""
+        with grad_if_trainable(self.model.region_proposer):
+            proposals = self.model.propose(pyramid, pixel_values)
+        output = self.model.filter(tokens, proposals, pyramid)
+        return FilteredFrame.split(proposals, output, frames)
+
+    def _choose(self, tokens: torch.Tensor, filtered: list[FilteredFrame]) -> list[LocatedBoxes]:
+        """One frame and its boxes for each token."""
+        config = self.config.filtration_config
+        located = []
+        for s in range(len(tokens)):
+            best = [frame.output.confidence[s, 0].max().item() for frame in filtered]
+            passing = [i for i, confidence in enumerate(best) if confidence >= config.score_threshold]
+            frame = filtered[passing[0] if passing else best.index(max(best))]
+            confidence, boxes = frame.output.confidence[s, 0], frame.output.boxes[s, 0]
+            chosen = select_boxes(confidence, boxes, config)
+            if self.training and not len(chosen):
+                chosen = confidence.argmax()[None]  # the mask of every labelled token is trained
+            token = tokens[s] if frame.output.tokens is None else frame.output.tokens[s]
+            located.append(
+                LocatedBoxes(frame.frame_index, boxes[chosen], confidence[chosen], token, frame.proposals, confidence)
+            )
+        return located
+
+    def _apply_box_prior(self, located: list[LocatedBoxes], pyramid: FramePyramid, original_size: tuple[int, int]):
+        """Released rule, in place: keep the boxes whose own mask agrees with them."""
+        config = self.config.filtration_config
+        if config.prior_min_score is None:
+            return
+        for place in located:
+            keep = filter_by_box_prior(self.model.mask_tracker, pyramid, place.boxes, original_size, config)
+            place.boxes, place.scores = place.boxes[keep], place.scores[keep]
+
+    # ------------------------------------------------------------------ boxes to masks
+
+    def tracked_objects(self, seg_embeddings: torch.Tensor, located: list[LocatedBoxes]) -> list[list[TrackedObject]]:
+        """What to follow for each [SEG] embedding `(S, P)` and its boxes; without boxes [SEG] prompts frame 0 alone.
+
+        With memory each box is an object of its own; frame-wise, and in the released order of prompts, all boxes of a
+        token make one object. No [SEG] at all: the boxes alone prompt.
+        """
+        if self.config.filtration_config.variant == "released" and located:
+            located = align_boxes(located, len(seg_embeddings))
+        if not located:
+            return [[TrackedObject(0, [MaskPrompt(tokens=seg[None, None])])] for seg in seg_embeddings]
+        if not len(seg_embeddings):
+            return [[TrackedObject(p.frame_index, [MaskPrompt(boxes=box[None])]) for box in p.boxes] for p in located]
+        config = self.config.mask_tracker_config
+        objects = []
+        for seg, place in zip(seg_embeddings, located, strict=True):
+            token = seg[None, None]  # (1, 1, P)
+            if config.propagation == "framewise":
+                boxes = place.boxes
+                prompt = MaskPrompt(tokens=token.expand(len(boxes), -1, -1), boxes=boxes)
+                objects.append([TrackedObject(0, [prompt])])
+            elif config.joint_prompt:
+                prompts = [MaskPrompt(tokens=token, boxes=box[None]) for box in place.boxes]
+                objects.append([TrackedObject(place.frame_index, [prompt]) for prompt in prompts])
+            else:
+                turns = [MaskPrompt(tokens=token), *(MaskPrompt(boxes=box[None].clamp(0, 1)) for box in place.boxes)]
+                objects.append([TrackedObject(place.frame_index, turns)])
+        return objects
+
+    def segment(self, pyramid: FramePyramid, seg_embeddings: torch.Tensor, boxes: torch.Tensor | None) -> FrameMasks:
+        """Masks on one frame of [SEG] embeddings `(N, P)` and boxes `(N, 4)`, normalised xyxy."""
+        return self.model.mask_tracker.prompt(pyramid, MaskPrompt(tokens=seg_embeddings[:, None], boxes=boxes))
+
+    def propagate(
+        self,
+        pyramids: VideoPyramids,
+        objects: list[TrackedObject],
+        box_embeddings: torch.Tensor | None = None,
+    ) -> Iterator[FrameMasks]:
+        """Masks of every object on every frame of a video; see [`MaskTracker.propagate`].
+
+        Args:
+            box_embeddings: `(N, P)` of each object; with them, and a `reprompt_threshold`, an object that was lost is
+                located and prompted again.
+        """
+        reprompt = None
+        if box_embeddings is not None and self.config.mask_tracker_config.reprompt_threshold is not None:
+            reprompt = self._reprompter(objects, box_embeddings)
+        return self.model.mask_tracker.propagate(pyramids, objects, reprompt)
+
+    def _reprompter(
+        self, objects: list[TrackedObject], box_embeddings: torch.Tensor
+    ) -> Callable[[FramePyramid, list[int]], tuple[list[int], MaskPrompt | None]]:
+        threshold = self.config.filtration_config.score_threshold
+
+        def reprompt(pyramid: FramePyramid, lost: list[int]) -> tuple[list[int], MaskPrompt | None]:
+            output = self.model.filter(box_embeddings[lost], self.model.propose(pyramid), pyramid)
+            confidence, best = output.confidence[:, 0].max(dim=-1)
+            found = [i for i, value in enumerate(confidence.tolist()) if value >= threshold]
+            if not found:
+                return [], None
+            boxes = torch.stack([output.boxes[i, 0, best[i]] for i in found])
+            tokens = [objects[lost[i]].prompts[0].tokens for i in found]
+            prompt = MaskPrompt(tokens=None if tokens[0] is None else torch.cat(tokens), boxes=boxes)
+            return [lost[i] for i in found], prompt
+
+        return reprompt
+
+    # ------------------------------------------------------------------ inference
+
+    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
+        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            for name in _PIXEL_INPUTS:  # the cache holds what they gave
+                inputs.pop(name, None)
+        return inputs
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        """Beams and samples of a row share its clip instead of copying its pixels."""
+        pixels = {name: model_kwargs.pop(name) for name in _PIXEL_INPUTS if name in model_kwargs}
+        if expand_size > 1:
+            if pixels.get("tsf_pixel_values") is not None:
+                raise ValueError("Tracked features work with one sequence per row: use num_beams=1.")
+            index = pixels.get("video_index")
+            index = torch.arange(len(input_ids), device=input_ids.device) if index is None else index
+            pixels["video_index"] = index.repeat_interleave(expand_size)
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        return input_ids, model_kwargs | pixels
+
+    @torch.no_grad()
+    def ground(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        mask_pixel_values: torch.Tensor | None = None,
+        num_mask_frames: torch.Tensor | None = None,
+        frames: FrameStream | list[FrameStream] | None = None,
+        video_index: torch.Tensor | None = None,
+        proposer_pixel_values: torch.Tensor | None = None,
+        original_sizes: torch.Tensor | None = None,
+        mask_sink: Callable[[int, FrameMasks], None] | None = None,
+        **generate_kwargs,
+    ) -> GroundingOutput:
+        """Answer: generate the text, then boxes and masks of every [BOX] [SEG] pair in it, once.
+
+        Args:
+            input_ids, attention_mask: `(B, L)` prompts, padded on the left. Rows of the same video share its pixels.
+            mask_pixel_values, num_mask_frames: as in `forward`.
+            frames: instead of them, one [`FrameStream`] per video; memory then does not grow with the video.
+            video_index: `(B,)` video of each row, -1 for none. Default: row b has video b.
+            proposer_pixel_values, original_sizes: as in `forward`.
+            mask_sink: called with the row and the [`FrameMasks`] of each frame as soon as they are known (frames come
+                back from the prompted one, then forwards); the output then holds no mask logits.
+            generate_kwargs: pixel inputs and everything else `generate` takes; greedy unless told otherwise.
+        """
+        if generate_kwargs.get("num_beams", 1) != 1 or generate_kwargs.get("num_return_sequences", 1) != 1:
+            raise ValueError("ground() reads the states of one sequence per row: use num_beams=1.")
+        began = time.perf_counter()
+        if video_index is not None:
+            generate_kwargs["video_index"] = video_index
+        generated = self.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            return_dict_in_generate=True,
+            output_hidden_states=[-1],
+            **generate_kwargs,
+        )
+        sequences = generated.sequences[:, input_ids.shape[1] :]
+        # the state of step k predicts generated token k
+        states = torch.stack([step[-1][:, -1] for step in generated.hidden_states], dim=1)  # (B, L, D)
+        timings = {"generate": time.perf_counter() - began, "locate": 0.0, "propagate": 0.0}
+        streams = self._streams(mask_pixel_values, num_mask_frames, frames)
+        rows = list(range(len(input_ids))) if video_index is None else video_index.tolist()
+        answers = [self._read_answer(ids, state) for ids, state in zip(sequences, states, strict=True)]
+        objects: list[list[GroundedObject]] = [[] for _ in answers]
+        for video, stream in enumerate(streams):
+            own = [row for row, index in enumerate(rows) if index == video and answers[row].positions]
+            if own:
+                pixels = None if proposer_pixel_values is None else proposer_pixel_values[video : video + 1]
+                size = None if original_sizes is None else tuple(original_sizes[video].tolist())
+                found = self._ground_video(
+                    {row: answers[row] for row in own}, stream, pixels, size, mask_sink, timings
+                )
+                for row in own:
+                    objects[row] = found[row]
+        return GroundingOutput(
+            sequences=sequences,
+            objects=objects,
+            num_frames=[len(streams[index]) if 0 <= index < len(streams) else 0 for index in rows],
+            warnings=[answer.warnings for answer in answers],
+            timings=timings,
+        )
+
+    def _streams(self, mask_pixel_values, num_mask_frames, frames) -> list[FrameStream]:
+        if frames is not None:
+            return list(frames) if isinstance(frames, (list, tuple)) else [frames]
+        if mask_pixel_values is None:
+            return []
+        counts = [mask_pixel_values.shape[1]] * len(mask_pixel_values)
+        counts = counts if num_mask_frames is None else num_mask_frames.tolist()
+        return [TensorFrames(clip[:count]) for clip, count in zip(mask_pixel_values, counts, strict=True)]
+
+    def _ground_video(
+        self,
+        answers: dict[int, "AnswerTokens"],
+        stream: FrameStream,
+        proposer_pixel_values: torch.Tensor | None,
+        original_size: tuple[int, int] | None,
+        mask_sink: Callable[[int, FrameMasks], None] | None,
+        timings: dict[str, float],
+    ) -> dict[int, list[GroundedObject]]:
+        """Boxes and masks for all rows that ask about one video; each frame is encoded once for all of them."""
+        began = time.perf_counter()
+        pyramids = self.model.mask_tracker.encode_video(stream)
+        objects: list[TrackedObject] = []
+        grounded: dict[int, list[GroundedObject]] = {row: [] for row in answers}
+        owners: list[tuple[int, int]] = []  # (row, place among the objects of the row) of each object
+        queries: list[torch.Tensor] = []  # its [BOX] embedding, if it has one
+        for row, answer in answers.items():
+            box_tokens = self._box_queries(answer.box, answer.seg)
+            located = self.locate(box_tokens, pyramids, proposer_pixel_values) if len(box_tokens) else []
+            if original_size is not None and located:
+                self._apply_box_prior(located, pyramids.at(0), original_size)
+            seg_tokens = self._mask_queries(answer.box, answer.seg, located)
+            for token, tracked in enumerate(self.tracked_objects(seg_tokens, located)):
+                place = located[min(token, len(located) - 1)] if located else None
+                for k, item in enumerate(tracked):
+                    owners.append((row, len(grounded[row])))
+                    objects.append(item)
+                    grounded[row].append(GroundedObject.start(answer.positions[token], item, place, k, len(stream)))
+                    if place is not None:
+                        queries.append(box_tokens[min(token, len(box_tokens) - 1)])
+        timings["locate"] += time.perf_counter() - began
+        began = time.perf_counter()
+        box_embeddings = torch.stack(queries) if queries and len(queries) == len(objects) else None
+        for masks in self.propagate(pyramids, objects, box_embeddings):
+            for row, own in masks.by_owner(owners).items():
+                for position, place in enumerate(own.objects):
+                    grounded[row][place].record(own, position, keep_logits=mask_sink is None)
+                if mask_sink is not None:
+                    mask_sink(row, own)
+        timings["propagate"] += time.perf_counter() - began
+        return grounded
+
+    def _read_answer(self, ids: torch.Tensor, states: torch.Tensor) -> AnswerTokens:
+        """[BOX] and [SEG] embeddings of one generated answer, `ids` `(L,)` and `states` `(L, D)`.
+
+        The i-th [BOX] goes with the i-th [SEG]; what has no partner is dropped with a warning, unless the answer has
+        only one of the two kinds. Released models reuse the last boxes instead.
+        """
+        config = self.config
+        box = (ids == config.box_token_id).nonzero().flatten()
+        seg = (ids == config.seg_token_id).nonzero().flatten()
+        warnings = []
+        if len(box) and len(seg) and len(box) != len(seg) and config.filtration_config.variant != "released":
+            pairs = min(len(box), len(seg))
+            warnings.append(
+                f"The answer has {len(box)} [BOX] and {len(seg)} [SEG] tokens; the first {pairs} of each are used."
+            )
+            box, seg = box[:pairs], seg[:pairs]
+        return AnswerTokens(
+            box=self.model.token_embeddings(states[box], config.box_token_id),
+            seg=self.model.token_embeddings(states[seg], config.seg_token_id),
+            positions=(seg if len(seg) else box).tolist(),
+            warnings=warnings,
+        )

@@ -1,0 +1,209 @@
+"""From scratch, pixel side: SAM2, region proposer and region encoder of sparrow-tiny on generated videos.
+
+Stage "image": masks from jittered boxes, proposals, and attributes of regions (noun, colour, size: throw-away
+classifiers that make the region features worth filtering). Stage "video": the memory, with the image encoder frozen.
+"""
+
+import functools
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sparrow_processing.synthetic import PRESETS, SyntheticClip, WorldConfig, generate_clip, split_seed
+
+from ..box_ops import pairwise_iou, xyxy_to_cxcywh
+from ..frame_pyramid import FramePyramid
+from ..losses import mask_bce_loss, mask_dice_loss
+from ..mask_tracker import FrameMasks, MaskPrompt
+from ..modeling_sparrow import SparrowForVideoGrounding
+from .loop import run_stage
+from .tiny_model import initialize_for_scratch
+
+MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+
+
+class PixelSide(nn.Module):
+    """The parts of the model that the pixel stages train, and throw-away heads for the attributes of objects."""
+
+    def __init__(self, model: SparrowForVideoGrounding, world: WorldConfig):
+        super().__init__()
+        self.mask_tracker = model.model.mask_tracker
+        self.region_proposer = model.model.region_proposer
+        self.filtration_head = model.model.filtration_head
+        self.words = {"noun": world.nouns, "colour": world.colours, "size": world.sizes}
+        hidden, prompt_size = model.config.filtration_config.hidden_size, model.config.prompt_size
+        self.classifiers = nn.ModuleDict({name: nn.Linear(hidden, len(words)) for name, words in self.words.items()})
+        # language-like prompts: the decoder learns to read an embedding of what the object is
+        self.attribute_prompts = nn.ModuleDict(
+            {name: nn.Embedding(len(words), prompt_size) for name, words in self.words.items()}
+        )
+
+    def labels(self, objects) -> dict[str, torch.Tensor]:
+        return {
+            name: torch.tensor([words.index(getattr(item, name)) for item in objects])
+            for name, words in self.words.items()
+        }
+
+
+def normalize_frames(frames: np.ndarray) -> torch.Tensor:
+    """uint8 `(F, H, W, 3)` to SAM2's `(F, 3, H, W)` float32."""
+    pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).float()
+    return (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+
+
+def batch_clips(step: int, count: int, seed: int, config: WorldConfig, split: str = "train") -> list[SyntheticClip]:
+    return [generate_clip(split_seed(split, step * count + i, seed), config) for i in range(count)]
+
+
+def mask_losses(masks: FrameMasks, targets: torch.Tensor, present: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Losses of one decoded frame; `targets` `(N, H, W)` 0/1, `present` `(N,)` bool."""
+    object_loss = F.binary_cross_entropy_with_logits(masks.object_logits, present.float())
+    size = targets.shape[-2:]
+    logits = F.interpolate(masks.raw_logits[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
+    weight = present.float() / present.sum().clamp(min=1)
+    bce = (mask_bce_loss(logits, targets) * weight).sum()
+    dice = (mask_dice_loss(logits, targets, scale=1.0, eps=1.0) * weight).sum()
+    with torch.no_grad():
+        predicted, truth = logits > 0, targets > 0
+        iou = (predicted & truth).flatten(1).sum(1) / (predicted | truth).flatten(1).sum(1).clamp(min=1)
+    quality = masks.score / masks.object_logits.sigmoid().clamp(min=1e-6)  # the predicted IoU alone
+    iou_loss = ((quality - iou).abs() * weight).sum()
+    return {"bce": bce, "dice": dice, "object": object_loss, "iou_head": iou_loss, "iou": (iou * weight).sum()}
+
+
+def image_step(step: int, side: PixelSide, world: WorldConfig, clips: int, seed: int) -> dict[str, torch.Tensor]:
+    rng = np.random.default_rng([seed, step])
+    torch.manual_seed(seed * 1_000_003 + step)
+    batch = batch_clips(step, clips, seed, world)
+    frames, boxes, masks, objects, frame_of = [], [], [], [], []
+    for clip in batch:
+        for t in rng.choice(clip.frames.shape[0], size=2, replace=False):
+            visible = [n for n in range(len(clip.objects)) if clip.visibility[n, t] > 0.2]
+            frame_of += [len(frames)] * len(visible)
+            frames.append(clip.frames[t])
+            boxes.append(torch.from_numpy(clip.boxes[visible, t]))
+            masks.append(torch.from_numpy(clip.masks[visible, t]))
+            objects += [clip.objects[n] for n in visible]
+    pyramid = side.mask_tracker.encode_frames(normalize_frames(np.stack(frames)))
+    size = torch.tensor([world.width, world.height] * 2)
+    normalized = [box / size for box in boxes]
+    rows = torch.tensor(frame_of)
+    losses = decode_losses(side, pyramid[rows], torch.cat(normalized), torch.cat(masks), objects)
+    proposer = side.region_proposer
+    detection = proposer.loss(proposer(list(pyramid.levels)), [xyxy_to_cxcywh(box) for box in normalized])
+    attributes = attribute_loss(side, pyramid, normalized, objects)
+    loss = 5 * losses["bce"] + losses["dice"] + losses["object"] + losses["iou_head"]
+    loss = loss + 0.5 * detection["loss"] + 0.5 * attributes
+    return {"loss": loss, **losses, "detection": detection["loss"], "attributes": attributes}
+
+
+def decode_losses(
+    side: PixelSide, pyramid: FramePyramid, boxes: torch.Tensor, targets: torch.Tensor, objects
+) -> dict[str, torch.Tensor]:
+    """Masks from jittered boxes, half of them beside an embedding of the attributes, some from that embedding alone,
+    some for a box that holds nothing."""
+    N = len(boxes)
+    jitter = torch.randn(N, 4) * 1.5 / side.mask_tracker.config.image_size
+    prompts = boxes + jitter
+    embedding = sum(side.attribute_prompts[name](label) for name, label in side.labels(objects).items())
+    present = torch.ones(N, dtype=torch.bool)
+    features = side.mask_tracker.features_without_memory(pyramid)
+    kind = torch.rand(N)
+    totals: dict[str, torch.Tensor] = {}
+    for low, high, use_box, use_token in ((0, 0.4, True, False), (0.4, 0.85, True, True), (0.85, 1.0, False, True)):
+        chosen = ((kind >= low) & (kind < high)).nonzero().flatten()
+        if not len(chosen):
+            continue
+        prompt = MaskPrompt(
+            boxes=prompts[chosen] if use_box else None, tokens=embedding[chosen, None] if use_token else None
+        )
+        target, there = targets[chosen].float(), present[chosen].clone()
+        if use_box and not use_token:  # a tenth of the boxes move to where nothing is
+            empty = torch.rand(len(chosen)) < 0.15
+            shifted = (prompt.boxes + 0.5 + 0.3 * (torch.rand(len(chosen), 1) - 0.5)) % 1.0
+            shifted = torch.cat([shifted[:, :2], shifted[:, :2] + (prompt.boxes[:, 2:] - prompt.boxes[:, :2])], dim=-1)
+            inside = _covered(targets[chosen], shifted) > 0
+            empty &= ~inside
+            prompt.boxes = torch.where(empty[:, None], shifted, prompt.boxes)
+            there &= ~empty
+        masks = side.mask_tracker.prompt(pyramid[chosen], prompt, image_features=features[chosen])
+        share = len(chosen) / N
+        for name, value in mask_losses(masks, target, there).items():
+            totals[name] = totals.get(name, 0.0) + share * value
+    return totals
+
+
+def _covered(masks: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+    """Mask pixels `(N, H, W)` inside normalised boxes `(N, 4)`."""
+    H, W = masks.shape[-2:]
+    y = (torch.arange(H) + 0.5) / H
+    x = (torch.arange(W) + 0.5) / W
+    rows = (y >= boxes[:, 1:2]) & (y < boxes[:, 3:4])
+    columns = (x >= boxes[:, 0:1]) & (x < boxes[:, 2:3])
+    return (masks & rows[:, :, None] & columns[:, None]).flatten(1).sum(1)
+
+
+def attribute_loss(side: PixelSide, pyramid: FramePyramid, boxes: list[torch.Tensor], objects) -> torch.Tensor:
+    """Cross-entropy of noun, colour and size from the region features of jittered true boxes."""
+    longest = max(len(box) for box in boxes)
+    padded = torch.zeros(len(boxes), max(longest, 1), 4)
+    valid = torch.zeros(len(boxes), max(longest, 1), dtype=torch.bool)
+    for row, box in enumerate(boxes):
+        padded[row, : len(box)] = box
+        valid[row, : len(box)] = True
+    padded = padded + valid[..., None] * torch.randn_like(padded) * 1.5 / side.mask_tracker.config.image_size
+    levels = [*pyramid.levels[:-1], side.mask_tracker.features_without_memory(pyramid)]
+    regions, _ = side.filtration_head.encode_regions(padded, levels)
+    losses = [
+        F.cross_entropy(side.classifiers[name](regions[valid]), label) for name, label in side.labels(objects).items()
+    ]
+    return sum(losses)
+
+
+def evaluate_image(side: PixelSide, world: WorldConfig, seed: int, clips: int = 32) -> dict[str, float]:
+    """Mask IoU from true boxes, proposal recall at IoU 0.5 by the best 8 and 16, attribute accuracy."""
+    ious, recall8, recall16, right = [], [], [], {name: [] for name in side.words}
+    size = torch.tensor([world.width, world.height] * 2)
+    for clip in batch_clips(0, clips, seed, world, split="validation"):
+        visible = [n for n in range(len(clip.objects)) if clip.visibility[n, 0] > 0.2]
+        if not visible:
+            continue
+        boxes = torch.from_numpy(clip.boxes[visible, 0]) / size
+        targets = torch.from_numpy(clip.masks[visible, 0])
+        pyramid = side.mask_tracker.encode_frames(normalize_frames(clip.frames[:1]))
+        masks = side.mask_tracker.prompt(pyramid, MaskPrompt(boxes=boxes))
+        logits = F.interpolate(masks.logits[:, None], size=targets.shape[-2:], mode="bilinear", align_corners=False)
+        predicted = logits[:, 0] > 0
+        ious += ((predicted & targets).flatten(1).sum(1) / (predicted | targets).flatten(1).sum(1)).tolist()
+        proposals = side.region_proposer.propose(list(pyramid.levels))
+        overlap = pairwise_iou(boxes, proposals.boxes[0][proposals.valid[0]]) > 0.5
+        recall8 += overlap[:, :8].any(1).tolist()
+        recall16 += overlap[:, :16].any(1).tolist()
+        levels = [*pyramid.levels[:-1], side.mask_tracker.features_without_memory(pyramid)]
+        regions, _ = side.filtration_head.encode_regions(boxes[None], levels)
+        for name, label in side.labels([clip.objects[n] for n in visible]).items():
+            right[name] += (side.classifiers[name](regions[0]).argmax(-1) == label).tolist()
+    figures = {"val_iou": ious, "val_recall_8": recall8, "val_recall_16": recall16}
+    figures |= {f"val_{name}": values for name, values in right.items()}
+    return {name: float(np.mean(values)) for name, values in figures.items()}
+
+
+def train_image_stage(model: SparrowForVideoGrounding, output: Path, steps: int, clips: int = 16, seed: int = 0):
+    """Stage "image": the whole pixel side on single frames."""
+    torch.manual_seed(seed)
+    world = replace(PRESETS["easy"], occluder=0.15)
+    side = PixelSide(model, world)
+    initialize_for_scratch(side)
+    run_stage(
+        "image",
+        side,
+        functools.partial(image_step, side=side, world=world, clips=clips, seed=seed),
+        output=output,
+        steps=steps,
+        learning_rate=1e-3,
+        evaluate=functools.partial(evaluate_image, side, world, seed),
+    )

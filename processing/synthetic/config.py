@@ -1,0 +1,112 @@
+"""The knobs of the generated world and its fixed sets of words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .sprites import COLOURS, NOUNS
+
+# Pairs that no object has unless WorldConfig.new_pairs asks for them: they test whether words are combined.
+HELD_OUT_PAIRS = (
+    ("circle", "purple"),
+    ("square", "orange"),
+    ("triangle", "white"),
+    ("star", "blue"),
+    ("ring", "yellow"),
+    ("cross", "green"),
+    ("heart", "black"),
+    ("diamond", "red"),
+    ("arrow", "purple"),
+    ("house", "blue"),
+)
+
+# Length of an object's longest side, as a share of the picture's short side (18-22 and 32-38 px at 128 px).
+SIZES = {"small": (18 / 128, 22 / 128), "large": (32 / 128, 38 / 128)}
+# Unit steps (x, y); y points down.
+DIRECTIONS = {"still": (0, 0), "left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+# Speed in short sides per second (1.5-2.5 and 4-6 px per frame at 128 px and 8 frames per second).
+SPEEDS = {"slow": (1.5 / 16, 2.5 / 16), "fast": (4 / 16, 6 / 16)}
+
+SINGLE_TARGET_KINDS = ("class", "colour_class", "colour", "size", "position", "motion", "relation")
+KINDS = (*SINGLE_TARGET_KINDS, "multi", "none")
+
+
+@dataclass(frozen=True)
+class WorldConfig:
+    """Everything that shapes the generated clips.
+
+    Raises:
+        ValueError: if a value is out of range, with what was expected.
+    """
+
+    height: int = 128  # pixels
+    width: int = 128
+    num_frames: int = 8
+    frames_per_second: float = 8.0  # speeds are per second: a longer clip lasts longer, objects are no slower
+    min_objects: int = 2
+    max_objects: int = 4
+    nouns: tuple[str, ...] = NOUNS
+    colours: tuple[str, ...] = tuple(COLOURS)
+    sizes: tuple[str, ...] = tuple(SIZES)
+    same_noun: float = 0.55  # probability that an object copies the noun of an earlier one
+    same_colour: float = 0.3  # the same for the colour
+    always_same_noun: bool = False  # the first two objects of every clip share their noun
+    still: float = 0.25  # probability that an object does not move
+    edge: float = 0.35  # probability of a thin dark or light edge
+    bounce: bool = True  # turn at the walls (needed in long clips) instead of leaving the picture
+    crossing: float = 0.0  # probability that the first two objects meet and overlap
+    late_entry: float = 0.0  # probability that one object enters after the first frame
+    occluder: float = 0.0  # probability of a bar that hides a moving object for a while, where the paths allow one
+    new_pairs: bool = False  # show one of HELD_OUT_PAIRS, with distractors of its noun and of its colour
+    kinds: tuple[str, ...] = SINGLE_TARGET_KINDS  # kinds of expressions that are asked about the clips
+
+    def __post_init__(self):
+        if min(self.height, self.width) < 48:
+            raise ValueError(f"pictures need at least 48 × 48 pixels to hold shapes, got {self.height} × {self.width}")
+        if self.num_frames < 1 or self.frames_per_second <= 0:
+            raise ValueError("num_frames must be at least 1 and frames_per_second positive")
+        fewest = 3 if self.new_pairs else 2 if self.always_same_noun or self.crossing else 1
+        if not fewest <= self.min_objects <= self.max_objects:
+            raise ValueError(
+                f"these settings need {fewest} <= min_objects <= max_objects, "
+                f"got {self.min_objects} and {self.max_objects}"
+            )
+        for name in ("same_noun", "same_colour", "still", "edge", "crossing", "late_entry", "occluder"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is a probability between 0 and 1, got {getattr(self, name)}")
+        for name, known in (("nouns", NOUNS), ("colours", COLOURS), ("sizes", SIZES), ("kinds", KINDS)):
+            words = getattr(self, name)
+            if not words or not set(words) <= set(known):
+                raise ValueError(f"{name} must be some of {tuple(known)}, got {words}")
+        if not self.known_pairs or (self.new_pairs and not self.unseen_pairs):
+            raise ValueError("nouns and colours allow no pair: give more of them, see HELD_OUT_PAIRS")
+
+    @property
+    def short_side(self) -> int:
+        return min(self.height, self.width)
+
+    @property
+    def known_pairs(self) -> list[tuple[str, str]]:
+        """(noun, colour) pairs that may appear in every clip."""
+        return [(n, c) for n in self.nouns for c in self.colours if (n, c) not in HELD_OUT_PAIRS]
+
+    @property
+    def unseen_pairs(self) -> list[tuple[str, str]]:
+        """(noun, colour) pairs that appear only with ``new_pairs``."""
+        return [(n, c) for n, c in HELD_OUT_PAIRS if n in self.nouns and c in self.colours]
+
+
+PRESETS = {
+    "easy": WorldConfig(),
+    "hard": WorldConfig(
+        num_frames=16,  # two seconds: time to vanish behind something and to come back
+        min_objects=3,
+        max_objects=5,
+        always_same_noun=True,
+        still=0.15,
+        crossing=0.6,
+        late_entry=0.4,
+        occluder=0.7,
+        kinds=KINDS,
+    ),
+}
