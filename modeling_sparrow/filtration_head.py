@@ -170,7 +170,9 @@ class ReleasedFiltrationHead(nn.Module):
             logits = logits + proposals.scores[0].clamp(min=1e-6).log()
         logits = logits.masked_fill(~valid, float("-inf"))
         attention = torch.nan_to_num(logits.softmax(dim=-1))
-        refined_tokens = tokens + self.fusion_projection(attention @ features)
+        refined_tokens = tokens
+        if len(boxes):  # the bias counts only where there is something to attend to
+            refined_tokens = tokens + self.fusion_projection(attention @ features)
         regressed = None
         if self.box_head is not None:
             S, Q = logits.shape

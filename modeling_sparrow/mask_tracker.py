@@ -203,7 +203,7 @@ class MaskTracker(nn.Module):
 
     def encode_frames(self, pixel_values: torch.Tensor) -> FramePyramid:
         """Pyramid of frames `(F, 3, S, S)`, normalised as SAM2 expects."""
-        output = self.sam2.vision_encoder(pixel_values)
+        output = self.sam2.vision_encoder(pixel_values.to(self.sam2.no_memory_embedding.dtype))
         fine, middle, coarse = output.fpn_hidden_states
         decoder = self.sam2.mask_decoder
         return FramePyramid(
@@ -213,10 +213,10 @@ class MaskTracker(nn.Module):
 
     def encode_video(self, frames: FrameStream | torch.Tensor) -> VideoPyramids:
         """The frames of a video, a stream or `(T, 3, S, S)`, encoded as they are walked through."""
-        reference = self.sam2.no_memory_embedding
+        device = self.sam2.no_memory_embedding.device
 
         def encode(pixel_values: torch.Tensor) -> FramePyramid:
-            return self.encode_frames(pixel_values.to(device=reference.device, dtype=reference.dtype))
+            return self.encode_frames(pixel_values.to(device))
 
         return VideoPyramids(encode, frames, self.config.frame_batch_size, self.config.max_cached_frames)
 

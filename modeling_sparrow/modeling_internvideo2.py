@@ -46,6 +46,7 @@ class InternVideo2Embeddings(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         T = pixel_values.shape[1]
+        pixel_values = pixel_values.to(self.patch_embedding.weight.dtype)
         if T == 1:  # a still picture fills one tubelet
             pixel_values = pixel_values.expand(-1, self.tubelet_size, -1, -1, -1)
         patches = (

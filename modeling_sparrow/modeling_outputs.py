@@ -170,7 +170,7 @@ class GroundedObject:
 
 
 @dataclass
-class GroundingOutput(ModelOutput):
+class GroundingOutput:
     """Answers of `ground`.
 
     Args:
@@ -179,10 +179,12 @@ class GroundingOutput(ModelOutput):
         num_frames: for each row, frames of its video.
         warnings: for each row, sentences about tokens that could not be paired.
         timings: seconds spent in `generate`, `locate` and `propagate`.
+        metadata: for each row what the processor said about it.
     """
 
-    sequences: torch.LongTensor | None = None
-    objects: list[list[GroundedObject]] | None = None
-    num_frames: list[int] | None = None
-    warnings: list[list[str]] | None = None
-    timings: dict[str, float] | None = None
+    sequences: torch.LongTensor
+    objects: list[list[GroundedObject]]
+    num_frames: list[int]
+    warnings: list[list[str]]
+    timings: dict[str, float]
+    metadata: list | None = None

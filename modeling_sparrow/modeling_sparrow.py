@@ -11,7 +11,7 @@ every frame).
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import torch
 from torch import nn
@@ -599,7 +599,19 @@ class SparrowForVideoGrounding(SparrowPreTrainedModel, GenerationMixin):
 
     # ------------------------------------------------------------------ inference
 
-    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
+    def prepare_inputs_for_generation(
+        self,
+        input_ids,
+        is_first_iteration=False,
+        mask_pixel_values=None,
+        num_mask_frames=None,
+        proposer_pixel_values=None,
+        original_sizes=None,
+        frames=None,
+        metadata=None,
+        **kwargs,
+    ):
+        """Text needs the towers' pixels, and those only in the first step; what `ground` takes beside is left out."""
         inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
         if not is_first_iteration and kwargs.get("use_cache", True):
             for name in _PIXEL_INPUTS:  # the cache holds what they gave
@@ -620,8 +632,26 @@ class SparrowForVideoGrounding(SparrowPreTrainedModel, GenerationMixin):
         )
         return input_ids, model_kwargs | pixels
 
+    def ground(self, *args, mask_sink: Callable[[int, FrameMasks], None] | None = None, **kwargs) -> GroundingOutput:
+        """Answer: generate the text, then boxes and masks of every [BOX] [SEG] pair in it, once.
+
+        Takes what [`ground_iter`] takes.
+
+        Args:
+            mask_sink: called with the row and the [`FrameMasks`] of each frame as soon as they are known (back from
+                the prompted frame, then forwards); the output then holds no mask logits.
+        """
+        steps = self.ground_iter(*args, keep_logits=mask_sink is None, **kwargs)
+        while True:
+            try:
+                row, masks = next(steps)
+            except StopIteration as end:
+                return end.value
+            if mask_sink is not None:
+                mask_sink(row, masks)
+
     @torch.no_grad()
-    def ground(
+    def ground_iter(
         self,
         input_ids: torch.LongTensor,
         attention_mask: torch.Tensor | None = None,
@@ -631,10 +661,11 @@ class SparrowForVideoGrounding(SparrowPreTrainedModel, GenerationMixin):
         video_index: torch.Tensor | None = None,
         proposer_pixel_values: torch.Tensor | None = None,
         original_sizes: torch.Tensor | None = None,
-        mask_sink: Callable[[int, FrameMasks], None] | None = None,
+        metadata: list | None = None,
+        keep_logits: bool = False,
         **generate_kwargs,
-    ) -> GroundingOutput:
-        """Answer: generate the text, then boxes and masks of every [BOX] [SEG] pair in it, once.
+    ) -> Generator[tuple[int, FrameMasks], None, GroundingOutput]:
+        """`ground` step by step: yields the row and the masks of each frame, returns the output.
 
         Args:
             input_ids, attention_mask: `(B, L)` prompts, padded on the left. Rows of the same video share its pixels.
@@ -642,18 +673,17 @@ class SparrowForVideoGrounding(SparrowPreTrainedModel, GenerationMixin):
             frames: instead of them, one [`FrameStream`] per video; memory then does not grow with the video.
             video_index: `(B,)` video of each row, -1 for none. Default: row b has video b.
             proposer_pixel_values, original_sizes: as in `forward`.
-            mask_sink: called with the row and the [`FrameMasks`] of each frame as soon as they are known (frames come
-                back from the prompted one, then forwards); the output then holds no mask logits.
-            generate_kwargs: pixel inputs and everything else `generate` takes; greedy unless told otherwise.
+            metadata: one item per row, handed through to the output for the processor.
+            keep_logits: the output holds the mask logits of every frame.
+            generate_kwargs: pixel inputs of the towers and everything else `generate` takes; greedy by default.
         """
         if generate_kwargs.get("num_beams", 1) != 1 or generate_kwargs.get("num_return_sequences", 1) != 1:
             raise ValueError("ground() reads the states of one sequence per row: use num_beams=1.")
         began = time.perf_counter()
-        if video_index is not None:
-            generate_kwargs["video_index"] = video_index
         generated = self.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
+            video_index=video_index,
             return_dict_in_generate=True,
             output_hidden_states=[-1],
             **generate_kwargs,
@@ -661,27 +691,25 @@ class SparrowForVideoGrounding(SparrowPreTrainedModel, GenerationMixin):
         sequences = generated.sequences[:, input_ids.shape[1] :]
         # the state of step k predicts generated token k
         states = torch.stack([step[-1][:, -1] for step in generated.hidden_states], dim=1)  # (B, L, D)
+        answers = [self._read_answer(ids, state) for ids, state in zip(sequences, states, strict=True)]
         timings = {"generate": time.perf_counter() - began, "locate": 0.0, "propagate": 0.0}
         streams = self._streams(mask_pixel_values, num_mask_frames, frames)
         rows = list(range(len(input_ids))) if video_index is None else video_index.tolist()
-        answers = [self._read_answer(ids, state) for ids, state in zip(sequences, states, strict=True)]
         objects: list[list[GroundedObject]] = [[] for _ in answers]
         for video, stream in enumerate(streams):
-            own = [row for row, index in enumerate(rows) if index == video and answers[row].positions]
-            if own:
-                pixels = None if proposer_pixel_values is None else proposer_pixel_values[video : video + 1]
-                size = None if original_sizes is None else tuple(original_sizes[video].tolist())
-                found = self._ground_video(
-                    {row: answers[row] for row in own}, stream, pixels, size, mask_sink, timings
-                )
-                for row in own:
-                    objects[row] = found[row]
+            own = {row: answers[row] for row, index in enumerate(rows) if index == video and answers[row].positions}
+            pixels = None if proposer_pixel_values is None else proposer_pixel_values[video : video + 1]
+            size = None if original_sizes is None else tuple(original_sizes[video].tolist())
+            found = yield from self._ground_video(own, stream, pixels, size, keep_logits, timings)
+            for row in own:
+                objects[row] = found[row]
         return GroundingOutput(
             sequences=sequences,
             objects=objects,
             num_frames=[len(streams[index]) if 0 <= index < len(streams) else 0 for index in rows],
             warnings=[answer.warnings for answer in answers],
             timings=timings,
+            metadata=metadata,
         )
 
     def _streams(self, mask_pixel_values, num_mask_frames, frames) -> list[FrameStream]:
@@ -699,9 +727,9 @@ class SparrowForVideoGrounding(SparrowPreTrainedModel, GenerationMixin):
         stream: FrameStream,
         proposer_pixel_values: torch.Tensor | None,
         original_size: tuple[int, int] | None,
-        mask_sink: Callable[[int, FrameMasks], None] | None,
+        keep_logits: bool,
         timings: dict[str, float],
-    ) -> dict[int, list[GroundedObject]]:
+    ) -> Generator[tuple[int, FrameMasks], None, dict[int, list[GroundedObject]]]:
         """Boxes and masks for all rows that ask about one video; each frame is encoded once for all of them."""
         began = time.perf_counter()
         pyramids = self.model.mask_tracker.encode_video(stream)
@@ -729,9 +757,8 @@ class SparrowForVideoGrounding(SparrowPreTrainedModel, GenerationMixin):
         for masks in self.propagate(pyramids, objects, box_embeddings):
             for row, own in masks.by_owner(owners).items():
                 for position, place in enumerate(own.objects):
-                    grounded[row][place].record(own, position, keep_logits=mask_sink is None)
-                if mask_sink is not None:
-                    mask_sink(row, own)
+                    grounded[row][place].record(own, position, keep_logits)
+                yield row, own
         timings["propagate"] += time.perf_counter() - began
         return grounded
 

@@ -44,11 +44,16 @@ class VideoReader:
 
     REVERSE_BLOCK = 16  # frames that `frames_reversed` holds at a time
 
-    def __init__(self, source: FileSource | PictureSource | ArraySource, path: str | None = None):
+    def __init__(
+        self,
+        source: FileSource | PictureSource | ArraySource,
+        path: str | None = None,
+        num_frames: int | None = None,
+    ):
         self._source, self._closed = source, False
         self.path = path
         self.width, self.height = source.width, source.height
-        self.timestamps = source.times
+        self.timestamps = source.times[:num_frames]
         self.timestamps.flags.writeable = False
         self.num_frames = len(self.timestamps)
         self.fps = (self.num_frames - 1) / float(self.timestamps[-1]) if self.num_frames > 1 else source.rate
@@ -113,6 +118,20 @@ class VideoReader:
         for number, frame in enumerate(self._pick(wanted.tolist())):
             pictures[places == number] = frame
         return pictures
+
+    def head(self, num_frames: int) -> "VideoReader":
+        """The first frames of the clip as a clip of its own; the whole clip if it has no more.
+
+        Raises:
+            ValueError: fewer than one frame is asked for.
+        """
+        if num_frames < 1:
+            raise ValueError(f"head: expected at least 1 frame, got {num_frames}")
+        if num_frames >= self.num_frames:
+            return self
+        reader = VideoReader(self._source, self.path, num_frames)
+        reader.warnings.append(f"cut to the first {num_frames} of {self.num_frames} frames")
+        return reader
 
     def close(self) -> None:
         """Ends the use of this reader. No file stays open between passes; a pass under way stops with an error."""

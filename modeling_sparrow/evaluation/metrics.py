@@ -139,8 +139,7 @@ class GroundedConversationMetric:
             ious = tube_ious((truth[:, frame], masks[:, frame]) for frame in range(masks.shape[1]))
             matches = 0
             if self.text_similarity is not None:
-                similarities = [[self.text_similarity(t, p) for p in phrases] for t in truth_phrases]
-                matches = len(match_phrases(ious, np.array(similarities).reshape(ious.shape)))
+                matches = len(match_phrases(ious, truth_phrases, phrases, self.text_similarity))
             self._rows.append((sample_miou(ious), matches, len(truth_phrases)))
 
     def compute(self) -> dict[str, float]:

@@ -149,16 +149,30 @@ class ReferringDataset:
     @cached_property
     def samples(self) -> list[ReferringSample]:
         samples = []
-        for video, meta in self.videos.items():
-            names = tuple(meta["frames"])
-            if not names:
-                raise EvaluationError(f"{self.expressions_file}: video {video} has no frames")
-            paths = tuple(self.frames_folder / video / f"{name}.jpg" for name in names)
-            for expression_id, text in self._expressions(video):
-                prompt = referring_prompt(text, self.host)
-                samples.append(ReferringSample(video, expression_id, text, prompt, names, paths))
+        for video in self.videos:
+            try:
+                samples += self._video_samples(video)
+            except (KeyError, TypeError, ValueError) as error:
+                raise EvaluationError(
+                    f"{self.expressions_file}: video {video} is not as expected ({error})"
+                ) from error
         if not samples:
             raise EvaluationError(f"{self.expressions_file}: no expressions")
+        return samples
+
+    def _video_samples(self, video: str) -> list[ReferringSample]:
+        names = tuple(self.videos[video]["frames"])
+        if not names:
+            raise ValueError("no frames")
+        samples = []
+        for expression_id, text in self._expressions(video):
+            # Predictions are written to folders of these names: they must not lead elsewhere.
+            for name in (video, expression_id, *names):
+                if Path(name).is_absolute() or ".." in Path(name).parts:
+                    raise ValueError(f"name {name!r} leads out of the folder")
+            paths = tuple(self.frames_folder / video / f"{name}.jpg" for name in names)
+            prompt = referring_prompt(text, self.host)
+            samples.append(ReferringSample(video, expression_id, text, prompt, names, paths))
         return samples
 
     def _expressions(self, video: str) -> Iterator[tuple[str, str]]:

@@ -221,11 +221,16 @@ def _contours_and_zones(bits: np.ndarray, radius: int) -> tuple[np.ndarray, np.n
 
 
 def _flat_contours(bits: np.ndarray, margin: int) -> tuple[np.ndarray, int]:
-    """Contours of the masks in `bits` `(h, w)`, flat, with `margin` empty rows above and below and columns to the
-    right.
+    """Contours of the masks in `bits`, in an image with empty rows above and below and empty columns to the right.
+
+    A pixel is on a contour if it differs from its right, lower or lower-right neighbour inside the image.
+
+    Args:
+        bits: `(h, w)` unsigned integer, one bit per mask.
+        margin: number of empty rows on either side and of empty columns, at least 1.
 
     Returns:
-        The flat image and its row stride in elements.
+        The image, flat, and its row stride in elements.
     """
     height, width = bits.shape
     stride = width + margin

@@ -19,7 +19,6 @@ from .results import EvaluationResult
 HEADLINES = ("J&F", "J", "F", "A", "R", "mIoU", "tIoU", "vIoU", "recall", "METEOR", "CIDEr", "CLAIR")
 #: Published as fractions, not as percent.
 _FRACTIONS = {"recall", "METEOR", "CIDEr"}
-_HASHED_SUFFIXES = (".safetensors",)
 
 
 class Published(NamedTuple):
@@ -53,19 +52,30 @@ PUBLISHED: dict[str, tuple[Published, ...]] = {
         Published("GLUS-S (partial)", 49.5, None, 65.2),
         Published("GLUS-S", 50.3, None, 66.6),
     ),
-    "MeViS paper": (Published("LMPM", 37.21, 40.23),),
+    "README of henghuiding/MeViS": (Published("LMPM", 37.21, 40.23),),
 }
 
-#: Columns of the table: title, field of [`Published`] (or none), benchmark and protocol of our result, metric.
+
+class _Column(NamedTuple):
+    """One column of the table: which published field and which of our results belong in it."""
+
+    title: str
+    published: str | None
+    metric: str = "J&F"
+    benchmark: str | None = None
+    protocol: str = ""  # how our result's protocol begins
+    version: str = ""  # how the data set version of the published numbers begins
+
+
 _COLUMNS = (
-    ("MeViS val", "mevis_val", None, "", "J&F"),
-    ("MeViS val_u", "mevis_val_u", "mevis", "", "J&F"),
-    ("Ref-YTVOS", "ref_youtube_vos", "ref-youtube-vos", "", "J&F"),
-    ("Ref-DAVIS17 as published", "ref_davis17", None, "", "J&F"),
-    ("Ref-DAVIS17 4A", None, "ref-davis17", "4A", "J&F"),
-    ("Ref-DAVIS17 4B", None, "ref-davis17", "4B", "J&F"),
-    ("VidSTG", "vidstg", "vidstg", "moment, interrogative", "mIoU"),
-    ("VideoGCG", "video_gcg", "video-gcg", "", "mIoU"),
+    _Column("MeViS val", "mevis_val"),
+    _Column("MeViS val_u", "mevis_val_u", "J&F", "mevis", "", "MeViS v1 valid_u"),
+    _Column("Ref-YTVOS", "ref_youtube_vos", "J&F", "ref-youtube-vos", "", "Ref-YouTube-VOS val"),
+    _Column("Ref-DAVIS17 as published", "ref_davis17"),
+    _Column("Ref-DAVIS17 4A", None, "J&F", "ref-davis17", "4A", "DAVIS 2017 val"),
+    _Column("Ref-DAVIS17 4B", None, "J&F", "ref-davis17", "4B", "Ref-DAVIS17 val"),
+    _Column("VidSTG", "vidstg", "mIoU", "vidstg", "moment, interrogative", "VidSTG test"),
+    _Column("VideoGCG", "video_gcg", "mIoU", "video-gcg"),
 )
 
 
@@ -114,7 +124,7 @@ def hash_checkpoint(checkpoint: str | Path) -> str:
     """
     checkpoint = Path(checkpoint)
     files = [checkpoint] if checkpoint.is_file() else sorted(checkpoint.rglob("*"))
-    files = [file for file in files if file.suffix in _HASHED_SUFFIXES]
+    files = [file for file in files if file.suffix == ".safetensors"]
     if not files:
         raise EvaluationError(f"{checkpoint}: no safetensors file to hash")
     digest = hashlib.sha256()
@@ -129,22 +139,22 @@ def hash_checkpoint(checkpoint: str | Path) -> str:
 def results_table(results: Sequence[EvaluationResult], run: RunInfo) -> str:
     """Markdown: published numbers with ours beneath, then how ours came about.
 
-    A number of ours is marked † if the data do not have the counts of a released version, and ‡ if predictions were
+    A number of ours is marked † if it was not made on the data the published ones were, and ‡ if predictions were
     missing. Ref-DAVIS17 has three columns because the published column mixes two protocols.
 
     Args:
         results: ours, of one model.
         run: seed, command, checkpoint.
     """
-    header = ["model", *(title for title, *_ in _COLUMNS), "source"]
+    header = ["model", *(column.title for column in _COLUMNS), "source"]
     lines = [_row(header), _row(["---"] * len(header))]
     for source, rows in PUBLISHED.items():
         for published in rows:
-            cells = [_number(getattr(published, field)) if field else "" for _, field, *_ in _COLUMNS]
+            cells = [_number(getattr(published, c.published)) if c.published else "" for c in _COLUMNS]
             lines.append(_row([published.model, *cells, source]))
     lines.append(_row([f"**{run.model}**", *(_our_cell(results, column) for column in _COLUMNS), "this run"]))
     lines += ["", "J&F for segmentation and mIoU for VidSTG and VideoGCG, in percent."]
-    lines += ["† data set without the counts of a released version. ‡ predictions were missing.", ""]
+    lines += ["† other data than the published numbers, see below. ‡ predictions were missing.", ""]
     lines += [f"- command: `{run.command}`", f"- seed: {run.seed}"]
     lines += [f"- checkpoint: `{run.checkpoint}`, SHA-256 `{run.checkpoint_hash}`"]
     lines += [f"- date: {run.date}, sparrow-video-grounding {run.package_version}", ""]
@@ -207,12 +217,12 @@ def _headlines(result: EvaluationResult) -> dict[str, float]:
     }
 
 
-def _our_cell(results: Sequence[EvaluationResult], column: tuple) -> str:
-    _, _, benchmark, protocol, metric = column
+def _our_cell(results: Sequence[EvaluationResult], column: _Column) -> str:
     for result in results:
-        if result.benchmark == benchmark and result.protocol.startswith(protocol) and metric in result.metrics:
-            marks = "†" * result.dataset_version.startswith("unrecognised") + "‡" * bool(result.counts["missing"])
-            return _number(100 * result.metrics[metric]) + marks
+        if result.benchmark == column.benchmark and result.protocol.startswith(column.protocol):
+            cell = _number(100 * result.metrics[column.metric])
+            cell += "" if result.dataset_version.startswith(column.version) else "†"
+            return cell + ("‡" if result.counts["missing"] else "")
     return ""
 
 

@@ -99,14 +99,22 @@ def sample_miou(ious: np.ndarray) -> float:
     return float(np.mean(paired)) if paired else 0.0
 
 
-def match_phrases(ious: np.ndarray, similarities: np.ndarray) -> list[tuple[int, int]]:
+def match_phrases(
+    ious: np.ndarray, phrases: Sequence[str], predicted: Sequence[str], text_similarity: TextSimilarity
+) -> list[tuple[int, int]]:
     """Pairs (annotated, predicted) that count for the recall.
 
     Args:
         ious: `(N, P)`.
-        similarities: `(N, P)` text similarity of the phrases.
+        phrases: of the annotated masks, in order.
+        predicted: of the predicted masks, in order; a mask without a phrase resembles nothing.
+        text_similarity: compares two phrases.
     """
     ious, matches = ious.copy(), []
+    similarities = np.zeros(ious.shape)
+    for i, phrase in enumerate(phrases[: ious.shape[0]]):
+        for j, candidate in enumerate(predicted[: ious.shape[1]]):
+            similarities[i, j] = text_similarity(phrase, candidate)
     while ious.size:
         best = np.unravel_index(np.argmax(ious), ious.shape)
         if ious[best] < IOU_THRESHOLD or similarities[best] < SIMILARITY_THRESHOLD:
@@ -199,6 +207,7 @@ def score_video_gcg(
         outcomes = [_as_official(outcome, host) for outcome in outcomes]
     scores = merge_scores(map(_scores, outcomes), missing, _OFFICIAL_MISSING[host], {"mIoU": 0.0})
     kept = [outcome for outcome in outcomes if outcome.name in scores.values]
+    extra = _unexpected_samples(dataset, predictions)
     metrics = average(scores.values.values(), ("mIoU",))
     if text_similarity is not None:
         metrics["recall"] = _recall(kept, text_similarity)
@@ -210,10 +219,16 @@ def score_video_gcg(
         dataset_version=dataset.version,
         metrics=metrics,
         per_item=scores.values,
-        counts={"samples": len(dataset), "phrases": num_phrases, **scores.counts},
+        counts={"samples": len(dataset), "phrases": num_phrases, **scores.counts, "extra": len(extra)},
         missing_policy=missing,
-        problems=scores.missing_lines,
+        problems=scores.missing_lines + extra,
     )
+
+
+def _unexpected_samples(dataset: VideoGcgDataset, predictions: Path) -> list[str]:
+    found = {path.parent.relative_to(predictions).as_posix() for path in predictions.glob("*/*/res.json")}
+    unknown = sorted(found - {sample.name for sample in dataset})
+    return [f"{predictions / name}: not part of the benchmark, ignored" for name in unknown]
 
 
 def _as_official(outcome: _Outcome, host: GcgHost) -> _Outcome:
@@ -293,9 +308,5 @@ def _recall(outcomes: list[_Outcome], text_similarity: TextSimilarity) -> float:
         phrases += len(outcome.phrases)
         if outcome.ious is None:
             continue
-        similarities = np.zeros(outcome.ious.shape)  # a mask without a phrase resembles nothing
-        for i, phrase in enumerate(outcome.phrases[: len(similarities)]):
-            for j, predicted in enumerate(outcome.predicted_phrases[: similarities.shape[1]]):
-                similarities[i, j] = text_similarity(phrase, predicted)
-        matches += len(match_phrases(outcome.ious, similarities))
+        matches += len(match_phrases(outcome.ious, outcome.phrases, outcome.predicted_phrases, text_similarity))
     return matches / phrases if phrases else 0.0

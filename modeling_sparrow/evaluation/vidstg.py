@@ -10,6 +10,7 @@ localisation:
 * vIoU: sum of box IoUs over the sampled frames in both spans / number of sampled frames in their hull.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -281,6 +282,12 @@ def box_iou(first: Sequence[float], second: Sequence[float]) -> float:
     return float(intersection / union) if union > 0 else 0.0
 
 
+def parse_span(answer: str) -> tuple[int, int] | None:
+    """Time span that an answer names as `frames:(start,end)`, in sampled frames; `None` if it names none."""
+    match = re.search(r"frames:\((\d+),(\d+)\)", answer)
+    return (int(match[1]), int(match[2])) if match else None
+
+
 def write_prediction(
     predictions: str | Path,
     sample: VidStgSample,
@@ -412,7 +419,7 @@ def _read_prediction(path: Path) -> tuple[dict[int, list[float] | None], tuple[i
         raise MissingPredictionError(f"{path}: missing")
     content = read_json(path)
     try:
-        boxes = {int(frame): box for frame, box in content["boxes"].items()}
+        boxes = {int(f): None if box is None else [float(x) for x in box] for f, box in content["boxes"].items()}
         span = content["span"]
         if any(box is not None and len(box) != 4 for box in boxes.values()) or (span is not None and len(span) != 2):
             raise ValueError("a box needs 4 numbers, a span 2")

@@ -16,9 +16,9 @@ from torch import nn
 from sparrow_processing.synthetic import PRESETS, SyntheticClip, WorldConfig, generate_clip, split_seed
 
 from ..box_ops import pairwise_iou, xyxy_to_cxcywh
-from ..frame_pyramid import FramePyramid
+from ..frame_pyramid import ClipPyramids, FramePyramid
 from ..losses import mask_bce_loss, mask_dice_loss
-from ..mask_tracker import FrameMasks, MaskPrompt
+from ..mask_tracker import FrameMasks, MaskPrompt, TrackedObject
 from ..modeling_sparrow import SparrowForVideoGrounding
 from .loop import run_stage
 from .tiny_model import initialize_for_scratch
@@ -206,4 +206,84 @@ def train_image_stage(model: SparrowForVideoGrounding, output: Path, steps: int,
         steps=steps,
         learning_rate=1e-3,
         evaluate=functools.partial(evaluate_image, side, world, seed),
+    )
+
+
+# ---------------------------------------------------------------------- memory
+
+
+def video_step(
+    step: int, side: PixelSide, worlds: list[WorldConfig], clips: int, seed: int
+) -> dict[str, torch.Tensor]:
+    """Two objects per clip, carried from a prompted frame over the whole clip with soft memory masks."""
+    rng = np.random.default_rng([seed, 1, step])
+    torch.manual_seed(seed * 1_000_003 + step)
+    world = worlds[step % len(worlds)]
+    T = world.num_frames
+    start = 0 if rng.random() < 0.7 else int(rng.integers(T))
+    frames, targets, present, objects, clip_of = [], [], [], [], []
+    for clip in batch_clips(step, clips, seed + 1, world):
+        visible = [n for n in range(len(clip.objects)) if clip.visibility[n, start] > 0.5]
+        for n in rng.permutation(visible)[:2]:
+            box = torch.from_numpy(clip.boxes[n, start]) / torch.tensor([world.width, world.height] * 2)
+            box = box + torch.randn(4) * 1.0 / side.mask_tracker.config.image_size
+            objects.append(TrackedObject(start, [MaskPrompt(boxes=box[None])]))
+            targets.append(torch.from_numpy(clip.masks[n]))
+            present.append(torch.from_numpy(clip.visibility[n] > 0.1))
+            clip_of.append(len(frames))
+        frames.append(clip.frames)
+    with torch.no_grad():
+        pyramid = side.mask_tracker.encode_frames(normalize_frames(np.concatenate(frames)))
+    targets, present = torch.stack(targets).float(), torch.stack(present)
+    totals: dict[str, torch.Tensor] = {}
+    for masks in side.mask_tracker.propagate(ClipPyramids(pyramid, T, torch.tensor(clip_of)), objects):
+        t = masks.frame_index
+        for name, value in mask_losses(masks, targets[masks.objects, t], present[masks.objects, t]).items():
+            totals[name] = totals.get(name, 0.0) + value / T
+    loss = 5 * totals["bce"] + totals["dice"] + 0.5 * totals["object"] + 0.5 * totals["iou_head"]
+    return {"loss": loss, **totals}
+
+
+def evaluate_video(side: PixelSide, world: WorldConfig, seed: int, clips: int = 24) -> dict[str, float]:
+    """J of objects followed from their true box on the first frame, over the frames that show them."""
+    values, last = [], []
+    size = torch.tensor([world.width, world.height] * 2)
+    for clip in batch_clips(0, clips, seed, world, split="validation"):
+        visible = [n for n in range(len(clip.objects)) if clip.visibility[n, 0] > 0.5]
+        objects = [TrackedObject(0, [MaskPrompt(boxes=torch.from_numpy(clip.boxes[n, :1]) / size)]) for n in visible]
+        pyramid = side.mask_tracker.encode_frames(normalize_frames(clip.frames))
+        whole = ClipPyramids(pyramid, len(clip.frames), torch.zeros(len(visible), dtype=torch.int64))
+        for masks in side.mask_tracker.propagate(whole, objects):
+            t = masks.frame_index
+            targets = torch.from_numpy(clip.masks[visible, t])
+            logits = F.interpolate(
+                masks.logits[:, None], size=targets.shape[-2:], mode="bilinear", align_corners=False
+            )
+            predicted = logits[:, 0] > 0
+            union = (predicted | targets).flatten(1).sum(1)
+            iou = torch.where(union > 0, (predicted & targets).flatten(1).sum(1) / union.clamp(min=1), 1.0)
+            values += iou.tolist()
+            last += iou.tolist() if t == len(clip.frames) - 1 else []
+    return {"val_j": float(np.mean(values)), "val_j_last_frame": float(np.mean(last))}
+
+
+def train_video_stage(model: SparrowForVideoGrounding, output: Path, steps: int, clips: int = 8, seed: int = 0):
+    """Stage "video": mask decoder, prompt encoder and memory; what makes the features is frozen."""
+    easy = PRESETS["easy"]
+    worlds = [easy, replace(PRESETS["hard"], num_frames=8)]
+    side = PixelSide(model, easy)
+    side.requires_grad_(False)
+    sam2 = side.mask_tracker.sam2
+    sam2.requires_grad_(True)
+    sam2.vision_encoder.requires_grad_(False)
+    for projection in (sam2.mask_decoder.conv_s0, sam2.mask_decoder.conv_s1):
+        projection.requires_grad_(False)
+    run_stage(
+        "video",
+        side.mask_tracker,
+        functools.partial(video_step, side=side, worlds=worlds, clips=clips, seed=seed),
+        output=output,
+        steps=steps,
+        learning_rate=8e-4,
+        evaluate=functools.partial(evaluate_video, side, easy, seed),
     )

@@ -1,42 +1,14 @@
 """Small fake data sets in the official layouts, and predictions for them."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
-from pycocotools import mask as coco_mask
 
 from modeling_sparrow.evaluation.files import write_label_map, write_mask
 
-SIZE = (24, 40)
-
-
-def rectangle(top: int, left: int, bottom: int, right: int, size: tuple[int, int] = SIZE) -> np.ndarray:
-    mask = np.zeros(size, bool)
-    mask[top:bottom, left:right] = True
-    return mask
-
-
-def moving_square(index: int, offset: int = 0) -> np.ndarray:
-    return rectangle(4 + offset, 3 + index, 12 + offset, 11 + index)
-
-
-def rle(mask: np.ndarray) -> dict:
-    encoded = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
-    return {"size": list(encoded["size"]), "counts": encoded["counts"].decode()}
-
-
-def write_picture(path: Path, size: tuple[int, int] = SIZE) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.full((*size, 3), 90, np.uint8)).save(path)
-
-
-def dump(path: Path, content: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content))
+from .fake_data import SIZE, dump, moving_square, rectangle, rle, write_picture
 
 
 @pytest.fixture
@@ -146,7 +118,9 @@ def reasonvos_root(tmp_path: Path) -> Path:
     root = tmp_path / "ReasonVOS"
     frames = ["00000", "00005"]
     entries = [{"obj_id": 0, "exp_id": k, "exp_text": f"why {k}", "is_sent": True} for k in range(2)]
-    dump(root / "meta_expressions.json", {"videos": {"v": {"source": "MOSE", "frames": frames, "expressions": entries}}})
+    dump(
+        root / "meta_expressions.json", {"videos": {"v": {"source": "MOSE", "frames": frames, "expressions": entries}}}
+    )
     for index, frame in enumerate(frames):
         write_mask(root / "Annotations" / "MOSE_v_0" / f"{frame}.png", moving_square(index))
     return root
@@ -204,7 +178,10 @@ def gcg_root(tmp_path: Path, mevis_root: Path) -> Path:
         },
     )
     dump(root / "mevis_gcg" / "valid_u" / "aaa.json", {"caption": "[A square](0) and [both of them](0, 1) move."})
-    dump(root / "vidstg_gcg" / "val_captions" / "12.json", {"caption": "[a child](1, 2) on [a swing](2) near [a cat](3)"})
+    dump(
+        root / "vidstg_gcg" / "val_captions" / "12.json",
+        {"caption": "[a child](1, 2) on [a swing](2) near [a cat](3)"},
+    )
     for index in range(2):
         write_picture(root / "vidstg_gcg" / "val" / "12" / "frames" / f"{index:05d}.png")
         for number in (1, 2, 3):

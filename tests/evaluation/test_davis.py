@@ -17,7 +17,7 @@ from modeling_sparrow.evaluation import (
 from modeling_sparrow.evaluation.davis import ANNOTATOR_SETS
 from modeling_sparrow.evaluation.files import read_label_map, write_label_map, write_mask
 
-from .conftest import SIZE, moving_square
+from .fake_data import SIZE, moving_square
 
 
 @pytest.fixture
@@ -56,7 +56,9 @@ def test_pairing_forgives_swapped_labels_only_when_unsupervised(annotations, pre
     unsupervised = score_davis(annotations, predictions, ["clip"])
     assert unsupervised.metrics["J"] == 1.0
     assert [row["proposal"] for row in unsupervised.per_item.values()] == [9.0, 1.0]
-    with pytest.raises(EvaluationError, match=r"clip/0000\d\.png: label 9, expected at most 2 \(semi-supervised task\)"):
+    with pytest.raises(
+        EvaluationError, match=r"clip/0000\d\.png: label 9, expected at most 2 \(semi-supervised task\)"
+    ):
         score_davis(annotations, predictions, ["clip"], "semi-supervised")
     relabel(predictions / "clip", {1: 2, 9: 1})
     relabel(predictions / "clip", {1: 2, 2: 1})

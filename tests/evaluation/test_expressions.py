@@ -20,7 +20,7 @@ from modeling_sparrow.evaluation import (
 from modeling_sparrow.evaluation.files import write_mask
 from modeling_sparrow.evaluation.prompts import conversation_prompt, referring_prompt, vidstg_prompt
 
-from .conftest import SIZE, dump, moving_square
+from .fake_data import SIZE, dump, moving_square
 
 
 def ref_davis(root, host="sparrow"):
@@ -32,9 +32,7 @@ def test_mevis_listing(mevis_root):
     assert [sample.key for sample in dataset] == ["aaa_0", "aaa_1", "bbb_0", "bbb_1"]
     sample = dataset[0]
     assert sample.expression == "The square moving right"
-    assert sample.prompt == (
-        "What is the square moving right in this video? Please respond with segmentation masks."
-    )
+    assert sample.prompt == ("What is the square moving right in this video? Please respond with segmentation masks.")
     assert sample.frame_paths[2] == mevis_root / "valid_u" / "JPEGImages" / "aaa" / "00002.jpg"
     assert all(path.is_file() for path in sample.frame_paths)
     assert sample.prediction_paths("out")[1].as_posix() == "out/aaa/0/00001.png"
@@ -136,7 +134,7 @@ def test_unexpected_files_are_reported_and_ignored(mevis_root, tmp_path, write_p
 
 def test_no_ground_truth_and_damaged_annotations(mevis_root):
     dataset = MevisDataset(mevis_root, split="valid")
-    with pytest.raises(EvaluationError, match="no 'anno_id'.*submission"):
+    with pytest.raises(EvaluationError, match=r"no 'anno_id'.*submission"):
         dataset.ground_truth(dataset[0])
     path = mevis_root / "valid_u" / "mask_dict.json"
     masks = json.loads(path.read_text())
@@ -150,6 +148,22 @@ def test_no_ground_truth_and_damaged_annotations(mevis_root):
     dump(mevis_root / "valid_u" / "meta_expressions.json", {"clips": {}})
     with pytest.raises(EvaluationError, match=r"meta_expressions\.json: expected .* 'videos'"):
         MevisDataset(mevis_root)
+
+
+@pytest.mark.parametrize(
+    ("video", "reason"),
+    [
+        ({"frames": [], "expressions": {}}, "no frames"),
+        ({"expressions": {}}, "'frames'"),
+        ({"frames": ["0"], "expressions": {"0": {"exp": " "}}}, "empty expression"),
+        ({"frames": ["0"], "expressions": {"../../x": {"exp": "a"}}}, "leads out of the folder"),
+        ({"frames": ["/0"], "expressions": {"0": {"exp": "a"}}}, "leads out of the folder"),
+    ],
+)
+def test_damaged_expression_files(mevis_root, video, reason):
+    dump(mevis_root / "valid_u" / "meta_expressions.json", {"videos": {"zzz": video}})
+    with pytest.raises(EvaluationError, match=rf"meta_expressions\.json: video zzz .*{reason}"):
+        len(MevisDataset(mevis_root))
 
 
 def test_youtube_vos_listing_leaves_out_test_videos(youtube_root):

@@ -62,7 +62,10 @@ def davis_cases() -> list:
     found = []
     for path in sorted(REFERENCE.glob("*/expected.json")):
         if (path.parent / "ImageSets").is_dir():
-            found += [pytest.param(path.parent, task, id=f"{path.parent.name}-{task}") for task in json.loads(path.read_text())]
+            found += [
+                pytest.param(path.parent, task, id=f"{path.parent.name}-{task}")
+                for task in json.loads(path.read_text())
+            ]
     return found
 
 
@@ -131,7 +134,8 @@ def test_mevis():
     expected = load("mevis/expected.json")
     check_expressions(result, expected["per_expression"], {sample.key: sample.key for sample in dataset}, ("J", "F"))
     assert close(
-        [result.metrics["J"], result.metrics["F"], result.metrics["J&F"]], [expected["J"], expected["F"], expected["JF"]]
+        [result.metrics["J"], result.metrics["F"], result.metrics["J&F"]],
+        [expected["J"], expected["F"], expected["JF"]],
     )
 
 
@@ -248,8 +252,9 @@ def gcg_table(case: dict, tubes: dict, host: str) -> np.ndarray:
 def test_video_gcg_sample(case, host, tubes):
     ious = gcg_table(case, tubes, host)
     assert close(video_gcg.sample_miou(ious), case[f"{host}_miou"])
-    similarity = np.array(case["text_similarity"]).reshape(ious.shape)
-    assert [list(pair) for pair in video_gcg.match_phrases(ious, similarity)] == case[f"{host}_matches"]
+    phrases, predicted = (range(length) for length in ious.shape)
+    matches = video_gcg.match_phrases(ious, phrases, predicted, lambda i, j: case["text_similarity"][i][j])
+    assert [list(pair) for pair in matches] == case[f"{host}_matches"]
 
 
 @pytest.mark.parametrize("host", ["sparrow", "videoglamm"])

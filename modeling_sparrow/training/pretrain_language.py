@@ -1,0 +1,401 @@
+"""From scratch, language side of sparrow-tiny: questions to [BOX] and [SEG] embeddings that find the right region.
+
+Stage "text": no visual tokens, the question alone has to pick the region by its SAM2 features. Stage "visual": with
+them, and with attention led to the tokens of the target, which is what makes questions about motion learnable.
+
+Several questions about a clip are packed into one sequence: each sees the clip and itself, and counts its positions
+from the end of the clip, so the result equals one row per question.
+"""
+
+import functools
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sparrow_processing import SparrowProcessor
+from sparrow_processing.synthetic import (
+    PRESETS,
+    Expression,
+    SyntheticClip,
+    WorldConfig,
+    all_expressions,
+    sample_expressions,
+)
+
+from ..box_ops import pairwise_iou, xyxy_to_cxcywh
+from ..filtration_head import FiltrationOutput, apply_box_offsets
+from ..frame_pyramid import FramePyramid
+from ..losses import box_regression_loss, filtration_class_loss, filtration_targets, mask_bce_loss, mask_dice_loss
+from ..mask_tracker import MaskPrompt
+from ..modeling_sparrow import SparrowForVideoGrounding
+from ..region_proposer import RegionProposals
+from .loop import run_stage
+from .pretrain_segmenter import PixelSide, batch_clips, normalize_frames
+from .pretrain_towers import patch_owner, spatial_input, temporal_input
+from .tiny_tokenizer import ANSWER
+
+# questions whose answer depends on the first frame or on the whole clip, not on how the object looks in a frame
+FIRST_FRAME_KINDS = ("position", "relation", "motion")
+
+
+@dataclass
+class Question:
+    """One question about clip number `clip` of a batch, with the object it means."""
+
+    clip: int
+    expression: Expression
+    target: int
+    ids: list[int]  # without the part that all questions about a clip share
+
+
+class LanguageSide(nn.Module):
+    """What the language stages train, beside throw-away heads; the pixel side is frozen and not registered here."""
+
+    def __init__(self, model: SparrowForVideoGrounding, processor: SparrowProcessor, pixel_side: PixelSide):
+        super().__init__()
+        self.language_model = model.model.host.language_model
+        self.adapters = nn.ModuleList([model.model.host.spatial_adapter, model.model.host.temporal_adapter])
+        self.box_head, self.seg_head = model.model.box_head, model.model.seg_head
+        self.filtration_head = model.model.filtration_head
+        size = model.config.prompt_size
+        self.box_regressor = nn.Sequential(nn.Linear(size, size), nn.ReLU(), nn.Linear(size, 4))
+        self.frozen = {"model": model, "processor": processor, "pixels": pixel_side}
+
+    @property
+    def model(self) -> SparrowForVideoGrounding:
+        return self.frozen["model"]
+
+    @property
+    def processor(self) -> SparrowProcessor:
+        return self.frozen["processor"]
+
+
+def shared_ids(side: LanguageSide, num_frames: int) -> list[int]:
+    """Ids before the words of a question: the user's turn, and the clip if there is one."""
+    ids = side.processor.prompt_ids("x", "ask", num_frames)
+    return ids[: ids.index(side.processor.tokenizer.convert_tokens_to_ids("x"))]
+
+
+def draw_questions(
+    side: LanguageSide, clips: list[SyntheticClip], count: int, rng: np.random.Generator, kinds: tuple[str, ...]
+) -> list[Question]:
+    """Up to `count` questions per clip with a single target, kinds balanced."""
+    tokenizer = side.processor.tokenizer
+    answer = tokenizer.encode(ANSWER + " <|end|>", add_special_tokens=False)
+    prefix = len(shared_ids(side, 0))
+    questions = []
+    for number, clip in enumerate(clips):
+        possible = [item for item in all_expressions(clip, rng) if item.kind in kinds and len(item.target_ids) == 1]
+        for item in sample_expressions(possible, count, rng):
+            ids = _prompt_ids(side.processor, item.text)[prefix:] + answer
+            questions.append(Question(number, item, item.target_ids[0], ids))
+    return questions
+
+
+@functools.lru_cache(maxsize=100_000)
+def _prompt_ids(processor: SparrowProcessor, text: str) -> list[int]:
+    return processor.prompt_ids(text, "refer")
+
+
+def language_states(
+    side: LanguageSide, clips: list[SyntheticClip], questions: list[Question], with_video: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Run the language model over the packed questions.
+
+    Returns:
+        states `(S, D)` that predict [BOX], states that predict [SEG], next-token loss, and in training with video the
+        attention `(S, heads, prefix)` of the [BOX] states in the last layer but one onto the shared prefix.
+    """
+    processor, model = side.processor, side.model
+    T = len(clips[0].frames)
+    prefix = shared_ids(side, T if with_video else 0)
+    rows = [[q for q in questions if q.clip == number] for number in range(len(clips))]
+    length = len(prefix) + max(sum(len(q.ids) for q in row) for row in rows)
+    ids = torch.full((len(clips), length), processor.tokenizer.pad_token_id)
+    labels = torch.full((len(clips), length), -100)
+    positions = torch.zeros(len(clips), length, dtype=torch.int64)
+    segment = torch.full((len(clips), length), -1)  # 0 prefix, 1, 2, … questions, -1 padding
+    ids[:, : len(prefix)], positions[:, : len(prefix)] = torch.tensor(prefix), torch.arange(len(prefix))
+    segment[:, : len(prefix)] = 0
+    box_at, seg_at, order = [], [], []
+    answer_length = len(processor.tokenizer.encode(ANSWER + " <|end|>", add_special_tokens=False))
+    for number, row in enumerate(rows):
+        at = len(prefix)
+        for index, question in enumerate(row, start=1):
+            part = slice(at, at + len(question.ids))
+            ids[number, part] = torch.tensor(question.ids)
+            positions[number, part] = torch.arange(len(prefix), len(prefix) + len(question.ids))
+            segment[number, part] = index
+            labels[number, part.stop - answer_length : part.stop] = ids[number, part.stop - answer_length : part.stop]
+            box_at.append((number, at + question.ids.index(model.config.box_token_id) - 1))
+            seg_at.append((number, at + question.ids.index(model.config.seg_token_id) - 1))
+            order.append(question)
+            at = part.stop
+    questions[:] = order
+    same = (segment[:, :, None] == segment[:, None]) | (segment[:, None] == 0)
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    visible = (same & causal) | torch.eye(length, dtype=torch.bool)
+    mask = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)[:, None]
+    embeddings = _embed(side, ids, clips, with_video)
+    output = side.language_model(
+        inputs_embeds=embeddings,
+        attention_mask=mask,
+        position_ids=positions,
+        output_hidden_states=[-1],
+        output_attentions=with_video and side.training,
+    )
+    hidden = output.hidden_states[-1]
+    box_rows, box_columns = zip(*box_at, strict=True)
+    states = hidden[list(box_rows), list(box_columns)]
+    seg_states = hidden[list(box_rows), [column for _, column in seg_at]]
+    loss = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+    attention = None
+    if with_video and side.training:
+        attention = output.attentions[-2][list(box_rows), :, list(box_columns), : len(prefix)]
+    return states, seg_states, loss, attention
+
+
+def _embed(side: LanguageSide, ids: torch.Tensor, clips: list[SyntheticClip], with_video: bool) -> torch.Tensor:
+    host = side.model.model.host
+    if not with_video:
+        return host.embed(ids)
+    frames = np.concatenate([clip.frames for clip in clips])
+    counts = torch.tensor([len(clip.frames) for clip in clips])
+    return host.embed(ids, spatial_input(frames), temporal_input(frames), counts)
+
+
+def frozen_pixels(side: LanguageSide, clips: list[SyntheticClip], frame: int) -> tuple[FramePyramid, RegionProposals]:
+    """Pyramid and proposals of one frame of each clip."""
+    pixels: PixelSide = side.frozen["pixels"]
+    with torch.no_grad():
+        pyramid = pixels.mask_tracker.encode_frames(normalize_frames(np.stack([clip.frames[frame] for clip in clips])))
+        return pyramid, pixels.region_proposer.propose(list(pyramid.levels))
+
+
+def true_boxes(clips: list[SyntheticClip], frame: int) -> list[torch.Tensor]:
+    """Normalised xyxy boxes of the objects of each clip on one frame, NaN where hidden."""
+    H, W = clips[0].frames.shape[1:3]
+    size = torch.tensor([W, H, W, H], dtype=torch.float32)
+    return [torch.from_numpy(clip.boxes[:, frame]) / size for clip in clips]
+
+
+def add_true_boxes(proposals: RegionProposals, boxes: list[torch.Tensor]) -> RegionProposals:
+    """Proposals and jittered true boxes together, so that every target has a good region while training."""
+    longest = max(len(box) for box in boxes)
+    extra = torch.zeros(len(boxes), longest, 4)
+    valid = torch.zeros(len(boxes), longest, dtype=torch.bool)
+    for row, box in enumerate(boxes):
+        extra[row, : len(box)] = torch.nan_to_num(box) + torch.randn_like(box) * 0.015
+        valid[row, : len(box)] = ~torch.isnan(box[:, 0])
+    width = proposals.features.shape[-1]
+    return RegionProposals(
+        boxes=torch.cat([proposals.boxes, extra], dim=1),
+        scores=torch.cat([proposals.scores, torch.full(valid.shape, 0.8)], dim=1),
+        features=torch.cat([proposals.features, torch.zeros(*valid.shape, width)], dim=1),
+        valid=torch.cat([proposals.valid, valid], dim=1),
+    )
+
+
+def filter_scores(
+    side: LanguageSide, tokens: torch.Tensor, clip_of: list[int], proposals: RegionProposals, pyramid: FramePyramid
+) -> FiltrationOutput:
+    """Filtration of every question over the proposals of its own clip: logits `(S, Q)`, boxes `(S, Q, 4)`."""
+    tracker = side.frozen["pixels"].mask_tracker
+    levels = [*pyramid.levels[:-1], tracker.features_without_memory(pyramid).detach()]
+    regions, region_tokens = side.filtration_head.encode_regions(proposals.boxes, levels)
+    logits, boxes = [], []
+    for number in sorted(set(clip_of)):
+        own = [s for s, clip in enumerate(clip_of) if clip == number]
+        part = slice(number, number + 1)
+        score, offsets = side.filtration_head.score(tokens[own], regions[part], region_tokens[part])
+        logits.append(score[:, 0].masked_fill(~proposals.valid[part], float("-inf")))
+        boxes.append(apply_box_offsets(proposals.boxes[part], offsets)[:, 0])
+    logits, boxes = torch.cat(logits), torch.cat(boxes)
+    power = side.filtration_head.config.objectness_power
+    confidence = logits.sigmoid() * proposals.scores[clip_of] ** power
+    return FiltrationOutput(logits=logits, confidence=confidence, boxes=boxes)
+
+
+def filter_loss(
+    side: LanguageSide, output: FiltrationOutput, proposals: RegionProposals, clip_of: list[int], targets: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Keep score as in the paper, a ranking term (softmax over the proposals), and box refinement."""
+    rules = side.filtration_head.config
+    candidates, valid = proposals.boxes[clip_of], proposals.valid[clip_of]
+    iou = pairwise_iou(candidates, targets[:, None])[..., 0]
+    labels = filtration_targets(iou, rules.positive_iou, rules.negative_iou).masked_fill(~valid, -1.0)
+    positive = labels == 1
+    usable = positive.any(-1)
+    spread = torch.logsumexp(output.logits[usable].masked_fill(~positive[usable], float("-inf")), dim=-1)
+    ranking = (torch.logsumexp(output.logits[usable], dim=-1) - spread).mean()
+    boxes = box_regression_loss(output.boxes[positive], targets[:, None].expand_as(candidates)[positive])
+    return {"filter": filtration_class_loss(output.logits, labels), "ranking": ranking, "box": boxes}
+
+
+def language_step(
+    step: int, side: LanguageSide, world: WorldConfig, clips: int, per_clip: int, seed: int, with_video: bool
+) -> dict[str, torch.Tensor]:
+    rng = np.random.default_rng([seed, 4 if with_video else 3, step])
+    torch.manual_seed(seed * 1_000_003 + step)
+    batch = batch_clips(step, clips, seed + (4 if with_video else 3), world)
+    frame = 0 if rng.random() < 0.8 else int(rng.integers(world.num_frames))
+    kinds = tuple(kind for kind in world.kinds if frame == 0 or kind not in FIRST_FRAME_KINDS)
+    if not with_video:
+        kinds = tuple(kind for kind in kinds if kind != "motion")
+    boxes = true_boxes(batch, frame)
+    questions = draw_questions(side, batch, per_clip, rng, kinds)
+    questions = [q for q in questions if batch[q.clip].visibility[q.target, frame] > 0.3]
+    states, seg_states, text_loss, attention = language_states(side, batch, questions, with_video)
+    clip_of = [q.clip for q in questions]
+    targets = torch.stack([boxes[q.clip][q.target] for q in questions])
+    pyramid, proposals = frozen_pixels(side, batch, frame)
+    if rng.random() < 0.6:
+        proposals = add_true_boxes(proposals, boxes)
+    tokens = side.box_head(states)
+    losses = filter_loss(side, filter_scores(side, tokens, clip_of, proposals, pyramid), proposals, clip_of, targets)
+    losses["text"] = text_loss
+    losses["seg"] = seg_loss(side, side.seg_head(seg_states), batch, questions, frame, pyramid)
+    loss = losses["filter"] + losses["ranking"] + losses["box"] + 0.2 * text_loss + 0.5 * losses["seg"]
+    if with_video:
+        if frame == 0:
+            losses["regressor"] = F.l1_loss(side.box_regressor(tokens).sigmoid(), xyxy_to_cxcywh(targets)) * 4
+            loss = loss + 1.5 * losses["regressor"]
+        losses["attention"] = attention_loss(side, attention, batch, questions)
+        loss = loss + 0.4 * losses["attention"]
+    return {"loss": loss, **losses}
+
+
+def seg_loss(
+    side: LanguageSide,
+    tokens: torch.Tensor,
+    clips: list[SyntheticClip],
+    questions: list[Question],
+    frame: int,
+    pyramid: FramePyramid,
+) -> torch.Tensor:
+    """[SEG] embeddings: near the attribute embedding that the frozen mask decoder can read, and masks from them.
+
+    A third of the masks have no box beside them, so that the embedding has to say what the object is.
+    """
+    pixels: PixelSide = side.frozen["pixels"]
+    objects = [clips[q.clip].objects[q.target] for q in questions]
+    with torch.no_grad():
+        wanted = sum(pixels.attribute_prompts[name](label) for name, label in pixels.labels(objects).items())
+    distance = F.mse_loss(tokens, wanted)
+    chosen = torch.randperm(len(questions))[:24]
+    boxes = torch.stack([true_boxes(clips, frame)[questions[s].clip][questions[s].target] for s in chosen])
+    with_box = torch.rand(len(chosen)) > 0.35
+    masks = torch.stack([torch.from_numpy(clips[questions[s].clip].masks[questions[s].target, frame]) for s in chosen])
+    rows = pyramid[[questions[s].clip for s in chosen]]
+    total = 0.0
+    for part, use_box in ((with_box, True), (~with_box, False)):
+        if not part.any():
+            continue
+        index = part.nonzero().flatten()
+        prompt = MaskPrompt(tokens=tokens[chosen[index], None], boxes=boxes[index] if use_box else None)
+        logits = pixels.mask_tracker.prompt(rows[index], prompt).raw_logits
+        target = masks[index].float()
+        logits = F.interpolate(logits[:, None], size=target.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
+        dice = mask_dice_loss(logits, target, scale=1.0, eps=1.0)
+        total = total + (5 * mask_bce_loss(logits, target) + dice).sum() / len(chosen)
+    return distance + total
+
+
+def attention_loss(
+    side: LanguageSide, attention: torch.Tensor, clips: list[SyntheticClip], questions: list[Question]
+) -> torch.Tensor:
+    """-log of the attention that falls on the tokens of the target: half of the heads on its temporal tokens, the
+    other half on its spatial tokens of the first frame."""
+    config = side.model.config
+    heads = attention.shape[1]
+    spatial_side = config.spatial_pool_size
+    first = attention.shape[-1] - config.num_visual_tokens(len(clips[0].frames))
+    spatial = attention[..., first : first + spatial_side**2]
+    temporal = attention[..., first + len(clips[0].frames) * spatial_side**2 :]
+    middle = slice(config.temporal_config.tubelet_size // 2, None, config.temporal_config.tubelet_size)
+    patch = config.temporal_config.patch_size
+    spatial_target, temporal_target = [], []
+    for question in questions:
+        masks = clips[question.clip].masks[question.target]
+        temporal_target.append(patch_owner(masks[None, middle], patch).ravel() == 0)
+        grid = F.adaptive_avg_pool2d(torch.from_numpy(masks[0]).float()[None], spatial_side).flatten()
+        spatial_target.append((grid > 0.25 * grid.max()).numpy())
+    on_temporal = (temporal * torch.from_numpy(np.stack(temporal_target))[:, None]).sum(-1)[:, : heads // 2]
+    on_spatial = (spatial * torch.from_numpy(np.stack(spatial_target))[:, None]).sum(-1)[:, heads // 2 :]
+    return -torch.log(torch.cat([on_temporal, on_spatial], dim=1) + 1e-4).mean() / math.log(10)
+
+
+def evaluate_language(
+    side: LanguageSide, world: WorldConfig, seed: int, with_video: bool, clips: int = 48
+) -> dict[str, float]:
+    """Share of questions whose most confident proposal lies on the right object, by kind; proposals only."""
+    rng = np.random.default_rng(seed)
+    right: dict[str, list[bool]] = {}
+    for start in range(0, clips, 16):
+        batch = batch_clips(start // 16, 16, seed + 5, world, split="validation")
+        questions = draw_questions(side, batch, 6, rng, world.kinds)
+        questions = [q for q in questions if batch[q.clip].visibility[q.target, 0] > 0.3]
+        states, *_ = language_states(side, batch, questions, with_video)
+        pyramid, proposals = frozen_pixels(side, batch, 0)
+        output = filter_scores(side, side.box_head(states), [q.clip for q in questions], proposals, pyramid)
+        boxes = true_boxes(batch, 0)
+        for question, confidence, refined in zip(questions, output.confidence, output.boxes, strict=True):
+            overlap = pairwise_iou(refined[confidence.argmax()][None], boxes[question.clip])[0].nan_to_num()
+            hit = bool(overlap.argmax() == question.target and overlap.max() > 0.3)
+            right.setdefault(question.expression.kind, []).append(hit)
+    figures = {f"val_{kind}": float(np.mean(hits)) for kind, hits in sorted(right.items())}
+    return {"val_right": float(np.mean([hit for hits in right.values() for hit in hits])), **figures}
+
+
+def train_language_stage(
+    model: SparrowForVideoGrounding,
+    processor: SparrowProcessor,
+    output: Path,
+    steps: int,
+    with_video: bool,
+    clips: int,
+    seed: int = 0,
+):
+    """Stages "text" and "visual": language model, token heads, filtration head; with video also the adapters."""
+    torch.manual_seed(seed + (4 if with_video else 3))
+    world = replace(PRESETS["easy"], kinds=PRESETS["easy"].kinds)
+    pixels = PixelSide(model, world)
+    weights = output / "image.safetensors"
+    _load_pixel_heads(pixels, weights)
+    model.requires_grad_(False)
+    pixels.requires_grad_(False).eval()
+    side = LanguageSide(model, processor, pixels)
+    side.requires_grad_(True)
+    side.adapters.requires_grad_(with_video)
+    if with_video:  # attention weights are supervised
+        side.language_model.set_attn_implementation("eager")
+        for adapter in side.adapters:  # visual tokens enter quietly
+            with torch.no_grad():
+                adapter.fc2.weight.mul_(0.1)
+    run_stage(
+        "visual" if with_video else "text",
+        side,
+        functools.partial(
+            language_step, side=side, world=world, clips=clips, per_clip=6, seed=seed, with_video=with_video
+        ),
+        output=output,
+        steps=steps,
+        learning_rate=1e-3,
+        evaluate=functools.partial(evaluate_language, side, world, seed, with_video),
+        evaluate_every=100,
+    )
+
+
+def _load_pixel_heads(pixels: PixelSide, weights: Path):
+    """The throw-away heads of the image stage: the attribute embeddings teach [SEG] what the decoder understands."""
+    from safetensors.torch import load_file
+
+    saved = load_file(weights)
+    for name in ("classifiers", "attribute_prompts"):
+        part = {key.removeprefix(f"{name}."): value for key, value in saved.items() if key.startswith(f"{name}.")}
+        getattr(pixels, name).load_state_dict(part)
