@@ -16,8 +16,9 @@ from .configuration_sparrow import (
     RegionProposerConfig,
     SparrowConfig,
 )
+from .modeling_base import SparrowPreTrainedModel
 from .modeling_outputs import GroundedObject, GroundingOutput, SparrowModelOutput, SparrowOutput
-from .modeling_sparrow import SparrowForVideoGrounding, SparrowModel, SparrowPreTrainedModel
+from .modeling_sparrow import SparrowForVideoGrounding, SparrowModel
 from .pipeline_video_grounding import VideoGroundingPipeline
 from .registration import DEFAULT_CHECKPOINT, register
 

@@ -43,6 +43,10 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("model")
     export.add_argument("directory")
     export.set_defaults(run=run_export)
+
+    from .evaluation.commands import add_commands
+
+    add_commands(commands)
     return parser
 
 

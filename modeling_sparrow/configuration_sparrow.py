@@ -264,6 +264,7 @@ class MaskTrackerConfig(SparrowBaseConfig):
     max_cached_frames: int = 16
     frame_batch_size: int = 4
     object_batch_size: int = 16
+    initializer_range: float = 0.02
 
     def validate_architecture(self):
         if self.max_cached_frames < 1 or self.frame_batch_size < 1 or self.object_batch_size < 1:

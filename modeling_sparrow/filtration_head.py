@@ -9,10 +9,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .box_ops import cxcywh_to_xyxy, non_maximum_suppression, roi_align, xyxy_to_cxcywh
 from .configuration_sparrow import FiltrationHeadConfig
+from .modeling_base import SparrowPreTrainedModel
 from .region_proposer import RegionProposals
 
 
@@ -48,7 +50,7 @@ def pool_regions(levels: list[torch.Tensor], boxes: torch.Tensor, config: Filtra
     ]
 
 
-class FiltrationHead(nn.Module):
+class FiltrationHead(SparrowPreTrainedModel):
     """Paper variant. For a proposal with ROI tokens `F_i`, pooled region `G_i` and a [BOX] embedding `e`:
 
         Z_i   = softmax((W_q e)(W_k F_i)^T / sqrt(d)) W_v F_i
@@ -64,9 +66,11 @@ class FiltrationHead(nn.Module):
         channels: channels of the pyramid levels, finest first.
     """
 
+    config: FiltrationHeadConfig
+    config_class = FiltrationHeadConfig
+
     def __init__(self, config: FiltrationHeadConfig, prompt_size: int, channels: list[int]):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         hidden = config.hidden_size
         self.level_projections = nn.ModuleList(nn.Linear(c, hidden) for c in channels)
         self.cell_embedding = nn.Parameter(torch.zeros(len(channels), config.roi_size**2, hidden))
@@ -83,6 +87,17 @@ class FiltrationHead(nn.Module):
             self.dot_query = nn.Linear(prompt_size, hidden)
             self.dot_key = nn.Linear(hidden, hidden)
             self.dot_scale = nn.Parameter(torch.tensor(math.log(10.0)))
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if module is self:
+            init.normal_(self.cell_embedding, std=self.config.initializer_range)
+            init.zeros_(self.refinement_head[-1].weight)
+            init.zeros_(self.refinement_head[-1].bias)
+            if self.config.dot_product_score:
+                init.constant_(self.dot_scale, math.log(10.0))
 
     def forward(
         self, tokens: torch.Tensor, proposals: RegionProposals, levels: list[torch.Tensor]
@@ -134,7 +149,7 @@ class FiltrationHead(nn.Module):
         return logits, self.refinement_head(joint)
 
 
-class ReleasedFiltrationHead(nn.Module):
+class ReleasedFiltrationHead(SparrowPreTrainedModel):
     """Released variant: dot product with the proposer's query features, log objectness, gated ROI score.
 
         logit = (W_s e)(W_p f_i)^T / sqrt(d) + log(max(score_i, 1e-6)) + clamp(gate, 0, 1) * roi_score_i
@@ -142,9 +157,11 @@ class ReleasedFiltrationHead(nn.Module):
     The attention over proposals and the embedding it refines do not see the ROI score. First frame only (`F` = 1).
     """
 
+    config: FiltrationHeadConfig
+    config_class = FiltrationHeadConfig
+
     def __init__(self, config: FiltrationHeadConfig, prompt_size: int, proposal_size: int, channels: list[int]):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         hidden, roi_hidden = config.hidden_size, config.roi_hidden_size
         self.token_projection = nn.Linear(prompt_size, hidden)
         self.proposal_projection = nn.Linear(proposal_size, hidden)
@@ -158,6 +175,13 @@ class ReleasedFiltrationHead(nn.Module):
         self.roi_pool_projections = nn.ModuleList(nn.Linear(c, roi_hidden) for c in channels)
         self.roi_score_head = nn.Sequential(nn.Linear(3 * roi_hidden, roi_hidden), nn.ReLU(), nn.Linear(roi_hidden, 1))
         self.roi_gate = nn.Parameter(torch.tensor(config.roi_gate_init))
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if module is self:
+            init.constant_(self.roi_gate, self.config.roi_gate_init)
 
     def forward(
         self, tokens: torch.Tensor, proposals: RegionProposals, levels: list[torch.Tensor] | None

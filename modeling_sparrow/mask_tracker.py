@@ -12,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import Sam2VideoModel
+from transformers import initialization as init
 from transformers.models.sam2_video.modeling_sam2_video import get_1d_sine_pe
 from transformers.utils import ModelOutput
 
 from .configuration_sparrow import MaskTrackerConfig
 from .frame_pyramid import ClipPyramids, FramePyramid, FrameStream, VideoPyramids
+from .modeling_base import SparrowPreTrainedModel
 
 NO_OBJECT_LOGIT = -1024.0  # mask logit of an absent object, as in SAM2
 
@@ -189,17 +191,30 @@ class Track:
     memory: MemoryBank
 
 
-class MaskTracker(nn.Module):
+class Sam2Segmenter(Sam2VideoModel):
+    """transformers' SAM2, whose initialisation leaves out one parameter."""
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if module is self:
+            init.zeros_(self.no_memory_embedding)
+
+
+class MaskTracker(SparrowPreTrainedModel):
     """Prompting, decoding and memory on top of SAM2's modules; see [`MaskTrackerConfig`].
 
     `encode_frames` -> `prompt` on one frame -> `step` frame by frame, or `propagate` for a whole video. Nothing is
     kept on the module: the state of a video is its `MemoryBank`s. The same calls serve training and inference.
     """
 
+    config: MaskTrackerConfig
+    config_class = MaskTrackerConfig
+
     def __init__(self, config: MaskTrackerConfig):
-        super().__init__()
-        self.config = config
-        self.sam2 = Sam2VideoModel(config.sam2_config)
+        super().__init__(config)
+        self.sam2 = Sam2Segmenter(config.sam2_config)
+        self.post_init()
 
     def encode_frames(self, pixel_values: torch.Tensor) -> FramePyramid:
         """Pyramid of frames `(F, 3, S, S)`, normalised as SAM2 expects."""

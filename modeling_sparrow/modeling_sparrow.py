@@ -9,15 +9,12 @@
 every frame).
 """
 
-import math
 import time
 from collections.abc import Callable, Generator, Iterator
 
 import torch
 from torch import nn
-from transformers import Cache, GenerationMixin, PreTrainedModel
-from transformers import initialization as init
-from transformers.models.deformable_detr.modeling_deformable_detr import DeformableDetrMultiscaleDeformableAttention
+from transformers import Cache, GenerationMixin
 from transformers.utils import can_return_tuple
 
 from .configuration_sparrow import SparrowConfig
@@ -25,6 +22,7 @@ from .filtration_head import FiltrationHead, FiltrationOutput, ReleasedFiltratio
 from .frame_pyramid import ClipPyramids, FramePyramid, FrameStream, TensorFrames, VideoPyramids
 from .losses import filter_losses, mask_losses
 from .mask_tracker import FrameMasks, MaskPrompt, MaskTracker, TrackedObject
+from .modeling_base import SparrowPreTrainedModel, grad_if_trainable, is_trainable
 from .modeling_outputs import (
     AnswerTokens,
     FilteredFrame,
@@ -34,7 +32,7 @@ from .modeling_outputs import (
     SparrowModelOutput,
     SparrowOutput,
 )
-from .modeling_videoglamm import VideoGlammHost, grad_if_trainable, is_trainable
+from .modeling_videoglamm import VideoGlammHost
 from .region_proposer import RegionProposals, RegionProposer
 from .released_rules import align_boxes, filter_by_box_prior
 
@@ -61,60 +59,6 @@ class TokenHead(nn.Module):
         return self.fc2(nn.functional.relu(self.fc1(hidden_states)))
 
 
-class SparrowPreTrainedModel(PreTrainedModel):
-    config: SparrowConfig
-    config_class = SparrowConfig
-    base_model_prefix = "model"
-    main_input_name = "input_ids"
-    input_modalities = ("video", "text")
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["InternVideo2Layer", "CLIPEncoderLayer", "DeformableDetrEncoderLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_attention_backend = True
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
-        super()._init_weights(module)
-        std = self.config.initializer_range
-        if isinstance(module, DeformableDetrMultiscaleDeformableAttention):
-            _init_deformable_attention(module)
-        elif isinstance(module, RegionProposer):
-            init.normal_(module.level_embedding, std=std)
-            # rare objects: start the focal loss at a probability of 0.01
-            heads = [module.encoder_objectness_head, *(head for heads in module.objectness_heads for head in heads)]
-            for head in heads:
-                init.constant_(head.bias, -math.log(99.0))
-            for box_head in module.box_heads:  # start at the anchors
-                init.zeros_(box_head.layers[-1].weight)
-                init.zeros_(box_head.layers[-1].bias)
-        elif isinstance(module, FiltrationHead):
-            init.normal_(module.cell_embedding, std=std)
-            init.zeros_(module.refinement_head[-1].weight)
-            init.zeros_(module.refinement_head[-1].bias)
-            if module.config.dot_product_score:
-                init.constant_(module.dot_scale, math.log(10.0))
-        elif isinstance(module, ReleasedFiltrationHead):
-            init.constant_(module.roi_gate, module.config.roi_gate_init)
-
-
-def _init_deformable_attention(module: DeformableDetrMultiscaleDeformableAttention):
-    """Sampling points start on rays around the reference point, one direction per head (arXiv 2010.04159)."""
-    angle = torch.arange(module.n_heads, dtype=torch.float32) * (2 * math.pi / module.n_heads)
-    direction = torch.stack([angle.cos(), angle.sin()], dim=-1)
-    direction = direction / direction.abs().amax(-1, keepdim=True)
-    radius = torch.arange(1, module.n_points + 1, dtype=torch.float32)
-    offsets = direction[:, None, None] * radius[None, None, :, None]  # (heads, 1, points, 2)
-    init.zeros_(module.sampling_offsets.weight)
-    init.copy_(module.sampling_offsets.bias, offsets.expand(-1, module.n_levels, -1, -1).flatten())
-    init.zeros_(module.attention_weights.weight)
-    init.zeros_(module.attention_weights.bias)
-    for projection in (module.value_proj, module.output_proj):
-        init.xavier_uniform_(projection.weight)
-        init.zeros_(projection.bias)
-
-
 class SparrowModel(SparrowPreTrainedModel):
     """The parts of SPARROW: host, token heads, mask tracker, region proposer, filtration head.
 
@@ -131,8 +75,6 @@ class SparrowModel(SparrowPreTrainedModel):
         self.mask_tracker = MaskTracker(config.mask_tracker_config)
         self.region_proposer = self.filtration_head = None
         if config.box_guidance:
-            # its attention layers are no PreTrainedModel, nobody else tells them
-            config.proposer_config._attn_implementation = config._attn_implementation
             self.region_proposer = RegionProposer(config.proposer_config, channels)
             if config.filtration_config.variant == "released":
                 self.filtration_head = ReleasedFiltrationHead(
@@ -153,16 +95,16 @@ class SparrowModel(SparrowPreTrainedModel):
         return self
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.host.language_model.get_input_embeddings()
+        return self.host.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module):
-        self.host.language_model.set_input_embeddings(value)
+        self.host.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
-        return self.host.language_model.get_output_embeddings()
+        return self.host.get_output_embeddings()
 
     def set_output_embeddings(self, value: nn.Module):
-        self.host.language_model.set_output_embeddings(value)
+        self.host.set_output_embeddings(value)
 
     @can_return_tuple
     def forward(

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 from .configuration_sparrow import SparrowConfig
+from .modeling_base import SparrowPreTrainedModel, grad_if_trainable
 from .modeling_internvideo2 import InternVideo2Model
 from .tracked_features import select_medoids
 
@@ -25,7 +26,7 @@ class VisionAdapter(nn.Module):
         return self.fc2(nn.functional.gelu(self.fc1(features)))
 
 
-class VideoGlammHost(nn.Module):
+class VideoGlammHost(SparrowPreTrainedModel):
     """Embeds text, frames and tracked features into one sequence for `language_model`.
 
     A host offers `embed(…)`, `language_model`, and the names of its parts that training freezes or adapts:
@@ -36,14 +37,26 @@ class VideoGlammHost(nn.Module):
     adapters = ("spatial_adapter", "temporal_adapter")
 
     def __init__(self, config: SparrowConfig):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         text_size = config.text_config.hidden_size
         self.spatial_tower = AutoModel.from_config(config.spatial_config)
         self.temporal_tower = InternVideo2Model(config.temporal_config)
         self.spatial_adapter = VisionAdapter(config.spatial_config.hidden_size, text_size)
         self.temporal_adapter = VisionAdapter(config.temporal_config.hidden_size, text_size)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module):
+        self.language_model.set_output_embeddings(value)
 
     def encode_pictures(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Spatial tower and adapter on pictures `(F, 3, h, w)`: `(F, patches, D)`, class token dropped."""
@@ -170,12 +183,3 @@ def _fill(embeddings: torch.Tensor, mask: torch.Tensor, features: list[torch.Ten
     if not used:
         return embeddings
     return embeddings.masked_scatter(mask[..., None], torch.cat(used).to(embeddings.dtype))
-
-
-def is_trainable(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters())
-
-
-def grad_if_trainable(module: nn.Module) -> torch.set_grad_enabled:
-    """Context without gradients if nothing in `module` is trained, so that frozen parts keep no activations."""
-    return torch.set_grad_enabled(torch.is_grad_enabled() and is_trainable(module))

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import AutoModel
+from transformers import initialization as init
 from transformers.models.deformable_detr.modeling_deformable_detr import (
     DeformableDetrDecoderLayer,
     DeformableDetrEncoderLayer,
+    DeformableDetrMultiscaleDeformableAttention,
     DeformableDetrSinePositionEmbedding,
 )
 from transformers.utils import ModelOutput
@@ -19,6 +21,7 @@ from transformers.utils import ModelOutput
 from .box_ops import cxcywh_to_xyxy, non_maximum_suppression
 from .configuration_sparrow import RegionProposerConfig
 from .losses import HungarianMatcher, proposal_loss
+from .modeling_base import SparrowPreTrainedModel
 
 
 def inverse_sigmoid(x: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
@@ -90,7 +93,7 @@ class BoxHead(nn.Module):
         return self.layers[-1](hidden_states)
 
 
-class RegionProposer(nn.Module):
+class RegionProposer(SparrowPreTrainedModel):
     """`forward(levels)` gives raw boxes and objectness, `propose(levels)` the kept proposals, `loss(…)` trains it.
 
     Args:
@@ -98,9 +101,12 @@ class RegionProposer(nn.Module):
         channels: channels of the pyramid levels, finest first; the last `config.num_feature_levels` are used.
     """
 
+    config: RegionProposerConfig
+    config_class = RegionProposerConfig
+    _no_split_modules = ["DeformableDetrEncoderLayer", "DeformableDetrDecoderLayer"]  # noqa: RUF012
+
     def __init__(self, config: RegionProposerConfig, channels: list[int]):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         D, num_levels = config.d_model, config.num_feature_levels
         self.vision_encoder = None
         if config.vision_config is not None:
@@ -127,6 +133,21 @@ class RegionProposer(nn.Module):
         self.box_heads = nn.ModuleList(
             BoxHead(D, config.box_head_hidden_size) for _ in range(config.decoder_layers + 1)
         )
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, DeformableDetrMultiscaleDeformableAttention):
+            _init_deformable_attention(module)
+        elif module is self:
+            init.normal_(self.level_embedding, std=self.config.initializer_range)
+            # rare objects: start the focal loss at a probability of 0.01
+            for head in [self.encoder_objectness_head, *(head for heads in self.objectness_heads for head in heads)]:
+                init.constant_(head.bias, -math.log(99.0))
+            for box_head in self.box_heads:  # start at the anchors
+                init.zeros_(box_head.layers[-1].weight)
+                init.zeros_(box_head.layers[-1].bias)
 
     def encode_pictures(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
         """FPN levels, finest first, from the proposer's own vision encoder; `pixel_values` `(F, 3, H, W)`."""
@@ -297,3 +318,19 @@ def _cell_centers(height: int, width: int, like: torch.Tensor) -> torch.Tensor:
     y = (torch.arange(height, device=like.device, dtype=like.dtype) + 0.5) / height
     x = (torch.arange(width, device=like.device, dtype=like.dtype) + 0.5) / width
     return torch.stack([x.repeat(height), y.repeat_interleave(width)], dim=-1)
+
+
+def _init_deformable_attention(module: DeformableDetrMultiscaleDeformableAttention):
+    """Sampling points start on rays around the reference point, one direction per head (arXiv 2010.04159)."""
+    angle = torch.arange(module.n_heads, dtype=torch.float32) * (2 * math.pi / module.n_heads)
+    direction = torch.stack([angle.cos(), angle.sin()], dim=-1)
+    direction = direction / direction.abs().amax(-1, keepdim=True)
+    radius = torch.arange(1, module.n_points + 1, dtype=torch.float32)
+    offsets = direction[:, None, None] * radius[None, None, :, None]  # (heads, 1, points, 2)
+    init.zeros_(module.sampling_offsets.weight)
+    init.copy_(module.sampling_offsets.bias, offsets.expand(-1, module.n_levels, -1, -1).flatten())
+    init.zeros_(module.attention_weights.weight)
+    init.zeros_(module.attention_weights.bias)
+    for projection in (module.value_proj, module.output_proj):
+        init.xavier_uniform_(projection.weight)
+        init.zeros_(projection.bias)

@@ -46,9 +46,9 @@ def filter_by_box_prior(
 def decode_box_masks(
     tracker: MaskTracker, pyramid: FramePyramid, boxes: torch.Tensor, original_size: tuple[int, int]
 ) -> torch.Tensor:
-    """Mask of each box alone, thresholded at the original size, on a grid of four cells per feature: `(K, h, w)` in
-    [0, 1]."""
-    boxes = _corners(boxes)
+    """Mask of each box alone, clamped to the picture, thresholded at the original size, on a grid of four cells per
+    feature: `(K, h, w)` in [0, 1]."""
+    boxes = _corners(boxes.clamp(0, 1))
     features = tracker.features_without_memory(pyramid)
     points = boxes.unflatten(-1, (2, 2))[:, None] * tracker.config.image_size
     labels = torch.tensor([2, 3], device=boxes.device).expand(len(boxes), 1, 2)

@@ -157,7 +157,8 @@ def convert_released(
     """A SPARROW or VideoGLaMM state dict into that of `SparrowForVideoGrounding`.
 
     Args:
-        official: `model.*` and `lm_head.weight`; with or without the two vision towers, which some exports drop.
+        official: `model.*` and `lm_head.weight`; with or without the segmenter and the two vision towers, which some
+            exports drop.
         num_temporal_layers: blocks of the temporal tower that are used (39 of the released 40).
         detector: the separate detector checkpoint; without it the model has no box guidance.
         share_encoder: the detector's image encoder equals the segmenter's and is left out.
@@ -180,7 +181,8 @@ def convert_released(
         else:
             parts["host"][key] = tensor
     conversion.add(rename_keys(parts["host"], _HOST_RULES))
-    conversion.add(convert_sam2(parts["sam2"]), "model.mask_tracker.sam2.")
+    if parts["sam2"]:
+        conversion.add(convert_sam2(parts["sam2"]), "model.mask_tracker.sam2.")
     towers = {
         "model.host.temporal_tower.": convert_internvideo2(parts["temporal"], num_temporal_layers),
         "model.host.spatial_tower.": convert_clip(parts["spatial"]),

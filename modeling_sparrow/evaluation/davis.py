@@ -148,7 +148,11 @@ def score_ref_davis17(
 
 
 def write_label_maps(
-    dataset: RefDavis17Dataset, expression_predictions: str | Path, output: str | Path, num_workers: int = 1
+    dataset: RefDavis17Dataset,
+    expression_predictions: str | Path,
+    output: str | Path,
+    num_workers: int = 1,
+    skip_incomplete: bool = False,
 ) -> None:
     """Joins the masks of single expressions (layout of protocol 4B) into the label maps of protocol 4A.
 
@@ -160,20 +164,30 @@ def write_label_maps(
         expression_predictions: folder with `<video>/<expression id>/<frame>.png`.
         output: folder that receives `<set>/<video>/<frame number>.png`.
         num_workers: processes.
+        skip_incomplete: leave out videos of which a mask is missing, so that the policy of [`score_ref_davis17`]
+            decides about them.
 
     Raises:
-        EvaluationError: if a mask is missing, unreadable, or of another size than the first of its frame, or if the
-            expressions of a video do not come in fours.
+        EvaluationError: if a mask is missing (unless `skip_incomplete`), unreadable, or of another size than the first
+            of its frame, or if the expressions of a video do not come in fours.
     """
+    predictions, output = Path(expression_predictions), Path(output)
+    for name in ANNOTATOR_SETS:
+        (output / name).mkdir(parents=True, exist_ok=True)
+    complete = dict.fromkeys(dataset.video_names, True)
+    for sample in dataset if skip_incomplete else ():
+        complete[sample.video] &= all(path.is_file() for path in sample.prediction_paths(predictions))
     jobs = []
-    for video, meta in dataset.videos.items():
+    for video in dataset.video_names:
+        meta = dataset.videos[video]
         if len(meta["expressions"]) % len(ANNOTATOR_SETS):
             raise EvaluationError(
                 f"{dataset.expressions_file}: video {video} has {len(meta['expressions'])} expressions, expected four "
                 "per object"
             )
-        jobs.append((video, tuple(meta["frames"]), tuple(meta["expressions"])))
-    write = partial(_write_video_label_maps, predictions=Path(expression_predictions), output=Path(output))
+        if complete[video]:
+            jobs.append((video, tuple(meta["frames"]), tuple(meta["expressions"])))
+    write = partial(_write_video_label_maps, predictions=predictions, output=output)
     for _ in run_jobs(write, jobs, num_workers, "joining masks to label maps"):
         pass
 

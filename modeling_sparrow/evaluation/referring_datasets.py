@@ -191,7 +191,17 @@ class ReferringDataset:
     @property
     def version(self) -> str:
         """Name of the released version with these counts, or the counts."""
-        return version_name(self.known_versions, len(self.videos), len(self))
+        return version_name(self.known_versions, len(self.video_names), len(self))
+
+    @property
+    def video_names(self) -> list[str]:
+        """Videos with expressions, in the benchmark's order."""
+        return list(dict.fromkeys(sample.video for sample in self))
+
+    def limit(self, count: int) -> None:
+        """Keeps only the expressions of the first videos."""
+        kept = set(self.video_names[:count])
+        self.samples = [sample for sample in self if sample.video in kept]
 
     def ground_truth(self, sample: ReferringSample) -> RleTrack | FileTrack:
         """Masks of an expression.
@@ -328,7 +338,7 @@ class RefYoutubeVosDataset(_MaskDictDataset):
 
     @property
     def version(self) -> str:
-        if len(self.videos) == 202:
+        if len(self.video_names) == 202:
             return f"Ref-YouTube-VOS val (202 videos, {len(self)} expressions)"
         return super().version
 

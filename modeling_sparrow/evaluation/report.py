@@ -102,8 +102,8 @@ class RunInfo:
     package_version: str
 
     @classmethod
-    def collect(cls, model: str, command: str, seed: int, checkpoint: str | Path) -> "RunInfo":
-        """Fills in the hash of a local checkpoint, the date and the version.
+    def collect(cls, model: str, command: str, seed: int, checkpoint: str | Path | None) -> "RunInfo":
+        """Fills in the hash of a local checkpoint (`None`: nobody knows what made the predictions), date and version.
 
         Raises:
             EvaluationError: if the checkpoint holds no safetensors file.
@@ -113,6 +113,8 @@ class RunInfo:
             version = importlib.metadata.version("sparrow-video-grounding")
         except importlib.metadata.PackageNotFoundError:
             version = "not installed"
+        if checkpoint is None:
+            return cls(model, command, seed, "not recorded", "not recorded", date, version)
         return cls(model, command, seed, str(checkpoint), hash_checkpoint(checkpoint), date, version)
 
 

@@ -109,9 +109,17 @@ class VideoGcgDataset:
         self.samples = [sample for name in GCG_SETS if name in sets for sample in listings[name]()]
         if not self.samples:
             raise EvaluationError(f"{self.root}: no samples in {', '.join(sets)}")
-        self.version = ", ".join(
-            f"{name}: {sum(sample.name.startswith(name + '/') for sample in self.samples)}" for name in sets
-        )
+        self.sets = tuple(sets)
+
+    @property
+    def version(self) -> str:
+        """Number of samples of each set."""
+        counts = {name: sum(sample.name.startswith(f"{name}/") for sample in self.samples) for name in self.sets}
+        return ", ".join(f"{name}: {count}" for name, count in counts.items())
+
+    def limit(self, count: int) -> None:
+        """Keeps only the first samples."""
+        self.samples = self.samples[:count]
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -51,6 +51,18 @@ class VidStgProtocol:
     shrunk: bool
     sampled_time: bool
 
+    def frame_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width in pixels of the frames that are shown and in which boxes are drawn."""
+        return shrunk_size(height, width) if self.shrunk else (height, width)
+
+    def read_span(self, answer: str, frame_ids: Sequence[int]) -> tuple[int, int] | None:
+        """Time span that an answer names, in the protocol's unit; `None` if it names none or none is asked for."""
+        span = parse_span("".join(answer.split())) if self.temporal else None
+        if span is None or self.sampled_time:
+            return span
+        start, end = (frame_ids[min(index, len(frame_ids) - 1)] for index in span)
+        return start, end + 1
+
 
 #: Spatial grounding within the annotated moment: the column "VidSTG mIoU" of SPARROW and its hosts.
 MOMENT_PROTOCOL = VidStgProtocol("moment", 1, 40, temporal=False, shrunk=True, sampled_time=True)
@@ -134,6 +146,10 @@ class VidStgDataset:
     def __iter__(self) -> Iterator[VidStgSample]:
         return (self[index] for index in range(len(self)))
 
+    def limit(self, count: int) -> None:
+        """Keeps only the first sentences."""
+        self._videos = self._videos[:count]
+
     def __getitem__(self, index: int) -> VidStgSample:
         video = self._videos[index]
         moment = (video["tube_start_frame"], video["tube_end_frame"])
@@ -172,7 +188,7 @@ class VidStgDataset:
                 f"{self.annotations_file}: video {original} has no box for target {target} at {error}"
             ) from error
         size = video["height"], video["width"]
-        target_size = shrunk_size(*size) if self.protocol.shrunk else size
+        target_size = self.protocol.frame_size(*size)
         return {frame: annotated_box(box, size, target_size) for frame, box in ltwh.items()}
 
 

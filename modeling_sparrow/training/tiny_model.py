@@ -136,8 +136,9 @@ def initialize_for_scratch(side: nn.Module):
     """Start the pixel side (`mask_tracker`, `region_proposer`, `filtration_head`) where it can learn from little data.
 
     SAM2 gets torch's default initialisation, as it had when Meta trained it: with transformers' default (normal, std
-    0.02), and also with Xavier weights around embeddings of std 0.02, a narrow mask decoder stays for hundreds of steps
-    on the plateau where it ignores the box. Halved random position frequencies suit objects of a fifth of the picture.
+    0.02), and with Xavier weights around embeddings of that size too, a narrow mask decoder stays for hundreds of
+    steps on the plateau where it ignores the box. Halved random position frequencies suit objects of a fifth of the
+    picture.
     """
     for module in side.mask_tracker.modules():
         if hasattr(module, "reset_parameters"):

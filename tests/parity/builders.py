@@ -20,12 +20,13 @@ def internvideo2_sizes(tower: dict, weights: dict[str, torch.Tensor]) -> dict:
 def host_sizes(sizes: dict, weights: dict[str, torch.Tensor]) -> dict:
     """Fields of a `SparrowConfig` on the side of the language model."""
     text = dict(sizes["llm"])
+    theta = text.pop("rope_theta")
     return {
         "text_config": {
             "model_type": "phi3",
             **text,
             "vocab_size": len(weights["model.embed_tokens.weight"]),
-            "rope_parameters": {"rope_type": "default", "rope_theta": text.pop("rope_theta")},
+            "rope_parameters": {"rope_type": "default", "rope_theta": theta},
             "pad_token_id": sizes["pad_token_id"],
             "bos_token_id": sizes["bos_token_id"],
             "eos_token_id": sizes["eos_token_id"],
