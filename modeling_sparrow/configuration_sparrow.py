@@ -311,8 +311,8 @@ class SparrowConfig(SparrowBaseConfig):
         box_guidance (`bool`): boxes chosen by [BOX] prompt the mask. `False` gives the host without SPARROW's boxes.
         tsf_num_clusters, tsf_iterations (`int`): `K` and rounds of K-means over tracked features.
         max_training_tokens (`int`, *optional*): of each kind, tokens of a video that `forward` grounds. *Released*: 4.
-        ce_loss_weight, mask_bce_loss_weight, mask_dice_loss_weight, filter_class_loss_weight, filter_box_loss_weight,
-            proposer_loss_weight (`float`): weights of the losses of `forward`.
+        ce_loss_weight, mask_bce_loss_weight, mask_dice_loss_weight, filter_class_loss_weight, filter_box_loss_weight
+            (`float`): weights of the losses of `forward`.
     """
 
     model_type = "sparrow"
@@ -365,7 +365,6 @@ class SparrowConfig(SparrowBaseConfig):
     mask_dice_loss_weight: float = 0.5
     filter_class_loss_weight: float = 1.0
     filter_box_loss_weight: float = 2.0
-    proposer_loss_weight: float = 1.0
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
 

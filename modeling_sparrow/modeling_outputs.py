@@ -34,7 +34,7 @@ class SparrowOutput(ModelOutput):
 
     Args:
         loss: weighted sum of the losses below that apply.
-        ce_loss, mask_bce_loss, mask_dice_loss, filter_class_loss, filter_box_loss, proposer_loss: unweighted scalars.
+        ce_loss, mask_bce_loss, mask_dice_loss, filter_class_loss, filter_box_loss: unweighted scalars.
         logits, past_key_values, hidden_states, attentions: of the language model.
         box_embeddings, seg_embeddings: `(S, prompt_size)`, what the two heads made of the tokens.
         mask_logits: `(S, T, h, w)` low-resolution mask logits of each token on each frame.
@@ -47,7 +47,6 @@ class SparrowOutput(ModelOutput):
     mask_dice_loss: torch.Tensor | None = None
     filter_class_loss: torch.Tensor | None = None
     filter_box_loss: torch.Tensor | None = None
-    proposer_loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[torch.Tensor | None, ...] | None = None

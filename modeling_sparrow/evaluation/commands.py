@@ -204,7 +204,7 @@ def make_dataset(options: argparse.Namespace):
 
 def report_folder(predictions: str | Path) -> Path:
     """Beside the predictions, because whatever lies among them is taken for one."""
-    predictions = Path(predictions)
+    predictions = Path(predictions).resolve()
     return predictions.with_name(f"{predictions.name}.report")
 
 

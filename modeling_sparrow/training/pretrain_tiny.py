@@ -1,0 +1,156 @@
+"""Train sparrow-tiny from scratch on generated videos, stage by stage.
+
+    python -m modeling_sparrow.training.pretrain_tiny --output runs/tiny
+
+Stages: image (segmenter, proposer, region features), video (memory), towers, text, visual. Each can be interrupted and
+goes on where it stopped; `video` and `towers` do not depend on each other and may run in two processes.
+"""
+
+import argparse
+import json
+import logging
+import platform
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from sparrow_processing import SparrowProcessor
+
+from ..modeling_sparrow import SparrowForVideoGrounding
+from ..registration import DEFAULT_CHECKPOINT
+from .pretrain_language import train_language_stage
+from .pretrain_segmenter import train_image_stage, train_video_stage
+from .pretrain_towers import train_tower_stage
+from .tiny_model import tiny_config
+from .tiny_tokenizer import build_tokenizer
+
+logger = logging.getLogger(__name__)
+
+# stage: (default steps, clips per step)
+STAGES = {"image": (1600, 16), "video": (700, 8), "towers": (900, 16), "text": (400, 16), "visual": (1000, 16)}
+
+
+def new_model(seed: int) -> tuple[SparrowForVideoGrounding, SparrowProcessor]:
+    tokenizer = build_tokenizer()
+    names = {
+        "box_token_id": "[BOX]",
+        "seg_token_id": "[SEG]",
+        "video_token_id": "<video>",
+        "tsf_token_id": "<tsf>",
+        "pad_token_id": "<pad>",
+        "eos_token_id": "<|end|>",
+    }
+    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in names.items()}
+    torch.manual_seed(seed)
+    model = SparrowForVideoGrounding(tiny_config(len(tokenizer), **ids))
+    return model, SparrowProcessor.from_config(model.config, tokenizer, spatial_crop=False)
+
+
+def load_stage(model: SparrowForVideoGrounding, output: Path, stage: str):
+    """Put the weights that a finished stage trained into the model. Later stages see those of earlier ones."""
+    weights = load_file(output / f"{stage}.safetensors")
+    core = model.model
+    if stage == "video":
+        core.mask_tracker.load_state_dict(weights)
+        return
+    places = {
+        "mask_tracker.": core.mask_tracker,
+        "region_proposer.": core.region_proposer,
+        "filtration_head.": core.filtration_head,
+        "spatial_tower.": core.host.spatial_tower,
+        "temporal_tower.": core.host.temporal_tower,
+        "language_model.": core.host.language_model,
+        "adapters.0.": core.host.spatial_adapter,
+        "adapters.1.": core.host.temporal_adapter,
+        "box_head.": core.box_head,
+        "seg_head.": core.seg_head,
+    }
+    for prefix, part in places.items():
+        own = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+        if own:
+            part.load_state_dict(own)
+
+
+def is_finished(output: Path, stage: str, steps: int) -> bool:
+    state = output / f"{stage}.state"
+    return state.exists() and torch.load(state, weights_only=True)["step"] >= steps
+
+
+def train_stage(stage: str, output: Path, steps: int, seed: int):
+    """Run one stage on top of the finished ones it needs."""
+    model, processor = new_model(seed)
+    needed = {"image": [], "video": ["image"], "towers": [], "text": ["image"], "visual": ["image", "towers", "text"]}
+    for earlier in needed[stage]:
+        if not (output / f"{earlier}.safetensors").exists():
+            raise FileNotFoundError(f"Stage {stage!r} needs stage {earlier!r}: run it first.")
+        load_stage(model, output, earlier)
+    clips = STAGES[stage][1]
+    began = time.time()
+    if stage == "image":
+        train_image_stage(model, output, steps, clips, seed)
+    elif stage == "video":
+        train_video_stage(model, output, steps, clips, seed)
+    elif stage == "towers":
+        train_tower_stage(model, output, steps, clips, seed)
+    else:
+        train_language_stage(model, processor, output, steps, stage == "visual", clips, seed)
+    logger.info("%s: %d steps in %.0f s", stage, steps, time.time() - began)
+
+
+def assemble(output: Path, checkpoint: Path, seed: int):
+    """Write the checkpoint folder from the finished stages: model, processor, and how it was made."""
+    model, processor = new_model(seed)
+    for stage in STAGES:
+        load_stage(model, output, stage)
+    model.generation_config.update(do_sample=False, max_new_tokens=64)
+    model.save_pretrained(checkpoint)
+    processor.save_pretrained(checkpoint)
+    record = {
+        "command": "python -m modeling_sparrow.training.pretrain_tiny",
+        "seed": seed,
+        "hardware": f"{platform.machine()}, {torch.get_num_threads()} thread(s)",
+        "stages": {stage: _summary(output / f"{stage}.jsonl") for stage in STAGES},
+    }
+    (checkpoint / "training.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+
+def _summary(log: Path) -> dict:
+    """Last figures of a stage, its steps and its time over all runs."""
+    records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    seconds, previous = 0.0, 0.0
+    for record in records:
+        if record["seconds"] < previous:  # the stage was resumed
+            seconds += previous
+        previous = record["seconds"]
+    figures = {key: value for record in records for key, value in record.items() if key.startswith("val_")}
+    return {"steps": records[-1]["step"], "seconds": round(seconds + previous), **figures}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("runs/tiny"), help="checkpoints and logs of the stages")
+    parser.add_argument(
+        "--checkpoint", type=Path, default=Path(DEFAULT_CHECKPOINT), help="folder of the finished model"
+    )
+    parser.add_argument("--stages", nargs="*", choices=[*STAGES, "assemble"], default=[*STAGES, "assemble"])
+    parser.add_argument("--steps-scale", type=float, default=1.0, help="multiplies the steps of every stage")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch.set_num_threads(options.threads)
+    for stage in options.stages:
+        if stage == "assemble":
+            assemble(options.output, options.checkpoint, options.seed)
+            continue
+        steps = max(1, round(STAGES[stage][0] * options.steps_scale))
+        if is_finished(options.output, stage, steps):
+            logger.info("%s: finished before", stage)
+        else:
+            train_stage(stage, options.output, steps, options.seed)
+
+
+if __name__ == "__main__":
+    main()
