@@ -1,4 +1,4 @@
-"""The command `sparrow`: ground, info, export."""
+"""The command `sparrow`: ground, info, export, convert; evaluation adds its own."""
 
 import argparse
 import json
@@ -6,11 +6,11 @@ import logging
 import os
 import shutil
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 from sparrow_processing.errors import ExportError, VideoGroundingError
+from sparrow_processing.exports import write_text
 
 logger = logging.getLogger("sparrow")
 
@@ -44,6 +44,20 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("directory")
     export.set_defaults(run=run_export)
 
+    convert = commands.add_parser("convert", help="turn the files of a release into a folder for from_pretrained")
+    convert.add_argument(
+        "source", help="folder of the SPARROW or VideoGLaMM checkpoint, with config.json and tokenizer"
+    )
+    convert.add_argument("directory")
+    convert.add_argument("--clip", required=True, help="folder of openai/clip-vit-large-patch14-336")
+    convert.add_argument(
+        "--internvideo", default=None, help="file of InternVideo2 stage 2, if the source has no tower"
+    )
+    convert.add_argument("--detector", default=None, help="folder of the detector; without it there are no boxes")
+    convert.add_argument("--video-branch", action="store_true", help="carry masks on with SAM2's memory")
+    convert.add_argument("--dtype", default="float16", choices=["float32", "bfloat16", "float16"])
+    convert.set_defaults(run=run_convert)
+
     from .evaluation.commands import add_commands
 
     add_commands(commands)
@@ -76,10 +90,17 @@ def load_model(name: str | None, device: str | None, dtype: str = "float32"):
         name: folder or Hub id; None for the embedded checkpoint.
         device: None picks cuda, then mps, then cpu.
         dtype: of the weights.
+
+    Raises:
+        ValueError, OSError: no folder, not a SPARROW, no safetensors, tensors absent or of another shape than the
+            configuration says, a processor that does not fit.
     """
     import torch
-    from transformers import AutoModel, AutoProcessor
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModel, AutoProcessor
 
+    from .configuration_sparrow import SparrowConfig
     from .registration import DEFAULT_CHECKPOINT
 
     name = DEFAULT_CHECKPOINT if name is None else name
@@ -87,10 +108,29 @@ def load_model(name: str | None, device: str | None, dtype: str = "float32"):
         raise ValueError(f"{name}: no such folder.")
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    model = AutoModel.from_pretrained(name, dtype=getattr(torch, dtype), use_safetensors=True).to(device).eval()
+    try:
+        config = AutoConfig.from_pretrained(name)
+        if config.model_type != SparrowConfig.model_type:
+            raise ValueError(f"{name} holds a model of type {config.model_type!r}, not {SparrowConfig.model_type!r}.")
+        model, loading = AutoModel.from_pretrained(
+            name,
+            config=config,
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # refused below, with the absent ones
+            output_loading_info=True,
+        )
+    except (SafetensorError, StrictDataclassError) as error:
+        raise ValueError(f"{name} cannot be loaded: {error}") from error
+    wrong = [*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])]
+    if wrong:
+        raise ValueError(
+            f"{name}: {len(wrong)} tensors are absent or do not fit config.json, and would be random: "
+            f"{', '.join(sorted(wrong)[:5])}{' …' * (len(wrong) > 5)}."
+        )
     processor = AutoProcessor.from_pretrained(name)
-    processor.check_config(model.config)
-    return model, processor
+    processor.check_config(config)
+    return model.to(device).eval(), processor
 
 
 # ---------------------------------------------------------------------- ground
@@ -107,16 +147,18 @@ def run_ground(options: argparse.Namespace) -> int:
     from sparrow_processing.video_io import open_video
 
     reader = open_video(options.video)
+    folders = _output_folders(Path(options.output), max(len(queries), 1))
+    if options.json not in (None, "-") and not Path(options.json).absolute().parent.is_dir():
+        raise ExportError(f"--json {options.json}: there is no such folder.")
     model, processor = load_model(options.model, options.device, options.dtype)
     if options.max_frames is not None:
         reader = reader.head(options.max_frames)
     results, interrupted = ground_video(
         model, processor, reader, queries or None, options.task, options.max_new_tokens
     )
-    folders = _output_folders(Path(options.output), len(results))
     for result, folder in zip(results, folders, strict=True):
         write_result(result, reader, folder, overlay=not options.no_overlay)
-        _report(result, folder)
+        _report(result, folder, overlay=not options.no_overlay)
     if options.json is not None:
         _write_json(results, options.json)
     return 130 if interrupted else 0
@@ -157,16 +199,18 @@ def ground_video(model, processor, reader, queries: list[str] | None, task: str,
 
 
 def _output_folders(root: Path, count: int) -> list[Path]:
-    """`root` itself for one query, a numbered folder in it for each of several."""
-    return [root] if count == 1 else [root / f"query_{index}" for index in range(count)]
+    """Make `root` itself for one query, a numbered folder in it for each of several."""
+    folders = [root] if count == 1 else [root / f"query_{index}" for index in range(count)]
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ExportError(f"{folder}: {error.strerror}") from error
+    return folders
 
 
 def write_result(result, reader, folder: Path, overlay: bool = True):
     """Write `result.json`, `overlay.mp4` and `masks/<object>/<frame>.png`, replacing those of an earlier run."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ExportError(f"{folder}: {error.strerror}") from error
     result.save_json(folder / "result.json", overwrite=True)
     result.save_pngs(folder / "masks", overwrite=True)
     if overlay:
@@ -179,13 +223,11 @@ def _write_json(results: list, target: str):
     )
     if target == "-":
         print(text)
-        return
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=Path(target).resolve().parent, delete=False) as file:
-        file.write(text)
-    os.replace(file.name, target)
+    else:
+        write_text(target, text + "\n", overwrite=True)
 
 
-def _report(result, folder: Path):
+def _report(result, folder: Path, overlay: bool):
     print(f"query:   {result.query}", file=sys.stderr)
     print(f"answer:  {result.text}", file=sys.stderr)
     for track in result:
@@ -193,10 +235,11 @@ def _report(result, folder: Path):
         print(f"object {track.id}: {track.phrase or ''} (score {track.score:.2f}, {seen})", file=sys.stderr)
     for warning in result.warnings:
         print(f"note:    {warning}", file=sys.stderr)
-    print(f"written: {folder}{os.sep}result.json, overlay.mp4, masks{os.sep}", file=sys.stderr)
+    files = "result.json, overlay.mp4, masks" if overlay else "result.json, masks"
+    print(f"written: {folder}{os.sep}{files}{os.sep}", file=sys.stderr)
 
 
-# ---------------------------------------------------------------------- info, export
+# ---------------------------------------------------------------------- info, export, convert
 
 
 def run_info(options: argparse.Namespace) -> int:
@@ -214,8 +257,33 @@ def run_info(options: argparse.Namespace) -> int:
 
 
 def run_export(options: argparse.Namespace) -> int:
+    directory = Path(options.directory)
+    _check_empty(directory)
     model, processor = load_model(options.model, "cpu")
-    export_repository(model, processor, Path(options.directory), source=options.model)
+    export_repository(model, processor, directory, source=options.model)
+    logger.info("written: %s", options.directory)
+    return 0
+
+
+def _check_empty(directory: Path):
+    if directory.exists() and any(directory.iterdir()):
+        raise ValueError(f"{directory} is not empty.")
+
+
+def run_convert(options: argparse.Namespace) -> int:
+    import torch
+
+    from .conversion.checkpoint import convert_checkpoint
+
+    convert_checkpoint(
+        options.source,
+        options.directory,
+        clip=options.clip,
+        internvideo=options.internvideo,
+        detector=options.detector,
+        video_branch=options.video_branch,
+        dtype=getattr(torch, options.dtype),
+    )
     logger.info("written: %s", options.directory)
     return 0
 
@@ -231,8 +299,7 @@ def export_repository(model, processor, directory: Path, source: str | None = No
     """
     from .registration import VideoGroundingPipeline
 
-    if directory.exists() and any(directory.iterdir()):
-        raise ValueError(f"{directory} is not empty.")
+    _check_empty(directory)
     directory.mkdir(parents=True, exist_ok=True)
     classes = {
         type(model.config): "AutoConfig",

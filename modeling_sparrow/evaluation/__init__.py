@@ -1,7 +1,8 @@
 """Evaluation: benchmarks in their official layouts, exact metrics, submission archives, result tables.
 
-Scores are computed from prediction files, so that they can be made anywhere and scored again. Every score function
-takes a data set, a folder of predictions and a policy for missing ones, and returns an [`EvaluationResult`].
+Scores are computed from prediction files, so that they can be made anywhere and scored again. A [`Grounder`] asks the
+model, and the predict functions write its answers where the official layouts have them. Every score function takes a
+data set, a folder of predictions and a policy for missing ones, and returns an [`EvaluationResult`].
 """
 
 from .benchmark import MetricBenchmark, benchmark_metrics
@@ -10,6 +11,14 @@ from .davis import read_sequences, score_davis, score_ref_davis17, write_label_m
 from .expressions import score_expressions
 from .files import EvaluationError, MissingPredictionError, write_mask
 from .metrics import BoxIouMetric, CaptionMetrics, GroundedConversationMetric, RegionBoundaryMetric, TrainerMetrics
+from .predict import (
+    GroundedAnswer,
+    Grounder,
+    PredictionSummary,
+    predict_expressions,
+    predict_video_gcg,
+    predict_vidstg,
+)
 from .referring_datasets import (
     MevisDataset,
     ReasonVosDataset,
@@ -22,6 +31,7 @@ from .region_similarity import mean_recall_decay, pairwise_region_and_boundary, 
 from .report import RunInfo, results_table, write_eval_results
 from .results import EvaluationResult, MissingPolicy
 from .submit import Submission, check_submission, write_submission
+from .synthetic import evaluate_synthetic
 from .video_gcg import score_video_gcg
 from .video_gcg_dataset import GcgSample, VideoGcgDataset
 from .vidstg import VidStgDataset, VidStgSample, score_vidstg
@@ -35,13 +45,16 @@ __all__ = [
     "EvaluationError",
     "EvaluationResult",
     "GcgSample",
+    "GroundedAnswer",
     "GroundedConversationMetric",
+    "Grounder",
     "LocalJudge",
     "Meteor",
     "MetricBenchmark",
     "MevisDataset",
     "MissingPolicy",
     "MissingPredictionError",
+    "PredictionSummary",
     "ReasonVosDataset",
     "RefDavis17Dataset",
     "RefYoutubeVosDataset",
@@ -56,8 +69,12 @@ __all__ = [
     "VideoGcgDataset",
     "benchmark_metrics",
     "check_submission",
+    "evaluate_synthetic",
     "mean_recall_decay",
     "pairwise_region_and_boundary",
+    "predict_expressions",
+    "predict_video_gcg",
+    "predict_vidstg",
     "read_sequences",
     "region_and_boundary",
     "results_table",

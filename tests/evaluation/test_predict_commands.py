@@ -3,7 +3,7 @@
 import json
 import shutil
 import zipfile
-from functools import partial
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +11,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from modeling_sparrow.cli import main
-from modeling_sparrow.evaluation import benchmark, commands
+from modeling_sparrow import cli
+from modeling_sparrow.cli import build_parser, main
+from modeling_sparrow.evaluation import benchmark, commands, davis
 from modeling_sparrow.evaluation.files import read_json, write_label_map, write_mask
 from modeling_sparrow.evaluation.predict import Grounder
 from modeling_sparrow.evaluation.report import hash_checkpoint
@@ -34,6 +35,13 @@ PREDICTIONS = {
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return save_checkpoint(tmp_path_factory.mktemp("model"), "it is <p> a ring </p> [BOX] [SEG] .")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def load_each_model_once():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "load_model", cache(cli.load_model))
+        yield
 
 
 @pytest.fixture
@@ -105,7 +113,7 @@ def test_end_to_end(evaluate, model, tmp_path, name):
         assert len(files) == PREDICTIONS[name]
     for result in numbers["results"]:
         assert result["benchmark"] == name and result["problems"] == [] and result["counts"]["missing"] == 0
-        assert all(0 <= value <= 1 for value in result["metrics"].values())
+        assert all(0 <= value <= 1 for name, value in result["metrics"].items() if "decay" not in name)
     protocols = {result["protocol"][:2] for result in numbers["results"]}
     if name == "ref-davis17":
         assert protocols == {"4A", "4B"}
@@ -204,7 +212,9 @@ def test_a_missing_video_is_listed_and_ends_with_1(evaluate, roots, capsys, capl
     assert failure.startswith("aaa: ") and "aaa/00000.jpg: No such file" in failure and failure in caplog.text
     assert "not scored because videos failed" in caplog.text
     code, numbers = evaluate("mevis", "--missing", "zero", root=root)
-    assert code == 1 and numbers["results"][0]["counts"] | {"missing": 2, "in_mean": 4} == numbers["results"][0]["counts"]
+    assert (
+        code == 1 and numbers["results"][0]["counts"] | {"missing": 2, "in_mean": 4} == numbers["results"][0]["counts"]
+    )
     assert any("pred/aaa: missing video" in line for line in numbers["results"][0]["problems"])
     assert evaluate("mevis", "--fail-fast", root=root)[0] == 2
     assert "00000.jpg: No such file" in capsys.readouterr().err
@@ -246,11 +256,11 @@ def test_an_extra_object_of_a_label_map_names_the_file(roots, tmp_path):
     root = roots("ref-davis17") / "DAVIS"
     for index in range(4):
         labels = np.full(SIZE, 21 if index == 2 else 1, np.uint8)
-        for name in commands.ANNOTATOR_SETS:
+        for name in davis.ANNOTATOR_SETS:
             write_label_map(tmp_path / "maps" / name / "clip" / f"{index:05d}.png", labels)
     annotations = root / "Annotations_unsupervised" / "480p"
     with pytest.raises(ValueError, match=r"00002\.png: label 21, expected at most 20"):
-        commands.score_ref_davis17(annotations, tmp_path / "maps", ["clip"])
+        davis.score_ref_davis17(annotations, tmp_path / "maps", ["clip"])
 
 
 def test_an_extra_object_of_a_conversation_counts_for_nothing(evaluate, roots, tmp_path):
@@ -323,17 +333,19 @@ def test_submit(evaluate, roots, tmp_path, caplog, capsys):
 
 
 def test_benchmark_metrics(monkeypatch, capsys, tmp_path):
-    quick = partial(benchmark.benchmark_metrics, num_frames=1, repeats=1)
-    monkeypatch.setattr(benchmark, "benchmark_metrics", quick)
+    timings = [benchmark.MetricTiming("pair", ours=0.001, reference=0.008)]
+    measured = benchmark.MetricBenchmark(timings, short_peak=2**20, long_peak=2**21)
+    monkeypatch.setattr(benchmark, "benchmark_metrics", lambda: measured)
     assert main(["benchmark", "metrics", "--json", "-"]) == 0
     numbers = json.loads(capsys.readouterr().out)
-    assert all(timing["speedup"] == timing["reference"] / timing["ours"] > 1 for timing in numbers["timings"])
-    assert len(numbers["timings"]) == 2 and numbers["long_peak"] < 2 * numbers["short_peak"]
+    assert numbers["timings"] == [{"name": "pair", "ours": 0.001, "reference": 0.008, "speedup": 8.0}]
+    assert (numbers["short_peak"], numbers["long_peak"]) == (2**20, 2**21)
+    assert main(["benchmark", "metrics", "--json", str(tmp_path / "numbers.json")]) == 0
+    assert "| pair | 1000 /s | 125.0 /s | 8.0 x |" in capsys.readouterr().out
+    assert read_json(tmp_path / "numbers.json") == numbers
 
 
 def test_the_command_repeats_with_all_settings():
-    from modeling_sparrow.cli import build_parser
-
     words = ["evaluate", "video-gcg", "--data", "my data", "--predictions", "p", "--captions", "cider", "meteor"]
     command = commands.command_line(build_parser().parse_args([*words, "--fail-fast"]))
     assert command.startswith("sparrow evaluate video-gcg --data 'my data' --predictions p --stage all")
