@@ -126,7 +126,7 @@ def _bin_averages(low: torch.Tensor, high: torch.Tensor, size: int, bins: int, s
     position = low[..., None, None] + (bin_index[:, None] + within[..., None, :]) * bin_size[..., None, None]
     weight = (sample < count[..., None])[..., None, :] & (position >= -1) & (position <= size)
     weight = weight / count[..., None, None]
-    position = position.clamp(0, size - 1)
+    position = position.nan_to_num().clamp(0, size - 1)  # a box that is not finite has no sample inside
     left = position.floor().clamp(max=max(size - 2, 0))
     fraction = position - left
     matrix = torch.zeros(*low.shape, bins, size, device=low.device, dtype=low.dtype)

@@ -12,17 +12,20 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SAM_MEAN, SAM_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet statistics, 0 to 255
 
+# A longer strip is cut before its short side is magnified: one of 1 x 8192 pixels would take gigabytes.
+STRIP_ASPECT = 32
+
 
 def spatial_pixels(frame: np.ndarray, size: int, crop: bool = True) -> torch.Tensor:
     """Spatial tower (CLIP): short side to `size` and centre crop, or the whole frame stretched to a square."""
-    H, W = frame.shape[:2]
-    picture = Image.fromarray(frame)
     if not crop:
-        return _normalize(np.asarray(picture.resize((size, size), Image.BICUBIC)) / 255.0, CLIP_MEAN, CLIP_STD)
+        picture = Image.fromarray(frame).resize((size, size), Image.BICUBIC)
+        return _normalize(np.asarray(picture) / 255.0, CLIP_MEAN, CLIP_STD)
+    frame = _centre(frame, STRIP_ASPECT * min(frame.shape[:2]))
+    H, W = frame.shape[:2]
     height, width = (size, int(size * W / H)) if H <= W else (int(size * H / W), size)
-    picture = np.asarray(picture.resize((width, height), Image.BICUBIC))
-    top, left = (height - size) // 2, (width - size) // 2
-    return _normalize(picture[top : top + size, left : left + size] / 255.0, CLIP_MEAN, CLIP_STD)
+    picture = np.asarray(Image.fromarray(frame).resize((width, height), Image.BICUBIC))
+    return _normalize(_centre(picture, size) / 255.0, CLIP_MEAN, CLIP_STD)
 
 
 def temporal_pixels(frame: np.ndarray, size: int) -> torch.Tensor:
@@ -34,7 +37,7 @@ def segmenter_pixels(frame: np.ndarray, size: int) -> torch.Tensor:
     """Segmenter (SAM2): long side to `size`, normalised, then stretched to a square."""
     H, W = frame.shape[:2]
     scale = size / max(H, W)
-    height, width = int(H * scale + 0.5), int(W * scale + 0.5)
+    height, width = max(int(H * scale + 0.5), 1), max(int(W * scale + 0.5), 1)
     if (height, width) != (H, W):
         frame = np.asarray(Image.fromarray(frame).resize((width, height), Image.BILINEAR))
     pixels = _normalize(frame, SAM_MEAN, SAM_STD)
@@ -55,10 +58,9 @@ def resize_bilinear(frame: np.ndarray, size: int) -> np.ndarray:
 
     Weights have 11 bits; the vertical pass drops 4 bits before and 16 bits after each product.
     """
-    rows = frame.astype(np.int64)
     left, right, weight = _taps(frame.shape[1], size)
     weight = np.where(left == right, 0, weight)[None, :, None]  # beyond the edge: the edge alone, along x only
-    rows = rows[:, left] * (2048 - weight) + rows[:, right] * weight
+    rows = frame[:, left] * (2048 - weight) + frame[:, right] * weight
     top, bottom, weight = _taps(frame.shape[0], size)
     weight = weight[:, None, None]
     upper, lower = (2048 - weight) * (rows[top] >> 4) >> 16, weight * (rows[bottom] >> 4) >> 16
@@ -69,8 +71,14 @@ def _taps(length: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Neighbours of each output pixel along one axis and the weight of the second, in units of 1 / 2048."""
     position = ((np.arange(size) + 0.5) * (length / size) - 0.5).astype(np.float32)
     first = np.floor(position).astype(np.int64)
-    weight = np.rint((position - first) * 2048).astype(np.int64)
+    weight = np.rint((position - first) * 2048).astype(np.int32)
     return np.clip(first, 0, length - 1), np.clip(first + 1, 0, length - 1), weight
+
+
+def _centre(picture: np.ndarray, limit: int) -> np.ndarray:
+    """The middle `limit` rows and columns, all where there are no more."""
+    top, left = (max(side - limit, 0) // 2 for side in picture.shape[:2])
+    return picture[top : top + limit, left : left + limit]
 
 
 def _normalize(picture: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:

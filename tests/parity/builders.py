@@ -1,6 +1,77 @@
 """Our models in the sizes of official `config.json` files, with official weights."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+from transformers import Sam2VideoConfig
+
+from modeling_sparrow.configuration_sparrow import MaskTrackerConfig
+from modeling_sparrow.conversion.sam2 import convert_sam2, sam2_config_from_weights
+from modeling_sparrow.mask_tracker import MaskTracker
+
+
+@contextmanager
+def options(config, **values) -> Iterator[None]:
+    """Set fields of a configuration for a while."""
+    before = {name: getattr(config, name) for name in values}
+    for name, value in values.items():
+        setattr(config, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)
+
+
+def trunk_settings(sizes: dict) -> dict:
+    """What the weights of a Hiera trunk do not tell."""
+    return {
+        "num_attention_heads": sizes["num_heads"],
+        "window_size_per_stage": sizes["window_spec"],
+        "global_attention_blocks": sizes["global_att_blocks"],
+    }
+
+
+def set_sam2_rules(config: Sam2VideoConfig, sizes: dict):
+    """Rules that the weights do not tell, under the names of the official constructor."""
+    for name in (
+        "sigmoid_scale_for_mem_enc",
+        "sigmoid_bias_for_mem_enc",
+        "multimask_output_in_sam",
+        "multimask_min_pt_num",
+        "multimask_max_pt_num",
+        "multimask_output_for_tracking",
+    ):
+        setattr(config, name, sizes[name])
+    config.max_object_pointers_in_encoder = sizes["max_obj_ptrs_in_encoder"]
+    if "mask_decoder" in sizes:  # VideoGLaMM's family
+        decoder = sizes["mask_decoder"]
+        config.memory_attention_num_attention_heads = sizes["memory_attention_heads"]
+        config.mask_decoder_config.num_attention_heads = decoder["transformer_heads"]
+        config.mask_decoder_config.attention_downsample_rate = decoder["attention_downsample_rate"]
+    else:  # Meta's constructor
+        decoder = sizes["sam_mask_decoder_extra_args"]
+        attention = sizes["memory_attention"]["layer"]["self_attention"]
+        config.memory_attention_num_attention_heads = attention["num_heads"]
+    for name in ("via_stability", "stability_delta", "stability_thresh"):
+        setattr(config.mask_decoder_config, f"dynamic_multimask_{name}", decoder[f"dynamic_multimask_{name}"])
+
+
+def build_tracker(weights: dict[str, torch.Tensor], image_size: int, trunk: dict, rules: dict) -> MaskTracker:
+    """A [`MaskTracker`] with official weights and the official order of prompts.
+
+    `joint_prompt=False`, `num_padding_points=2` and `binarize_prompted_memory=True` are what the released video
+    predictor does; memory stays float32 until a test sets `memory_dtype`.
+    """
+    sam2_config = sam2_config_from_weights(weights, image_size, **trunk)
+    set_sam2_rules(sam2_config, rules)
+    config = MaskTrackerConfig(
+        sam2_config=sam2_config, joint_prompt=False, num_padding_points=2, binarize_prompted_memory=True
+    )
+    tracker = MaskTracker(config).eval()
+    tracker.sam2.load_state_dict(convert_sam2(weights))
+    return tracker
 
 
 def internvideo2_sizes(tower: dict, weights: dict[str, torch.Tensor]) -> dict:

@@ -1,6 +1,7 @@
 """The whole model with official weights, and official batches as ours."""
 
 import functools
+import itertools
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,11 +17,10 @@ from modeling_sparrow.conversion.videoglamm import convert_released
 from modeling_sparrow.frame_pyramid import FramePyramid
 from modeling_sparrow.modeling_sparrow import SparrowForVideoGrounding
 
-from . import tied_crops
-from .builders import host_sizes, our_names, proposer_sizes
+from .builders import host_sizes, options, our_names, proposer_sizes, set_sam2_rules, trunk_settings
 from .fixtures import Recording
+from .knife_edges import chosen, holds_for_one, possible_choices
 from .sequences import Clip, Rows, expand_rows, pixel_inputs
-from .tracking import options, set_sam2_rules, trunk_settings
 
 # Mean and deviation of the segmenter's frames, for values of 0 to 255.
 PIXEL_MEAN = torch.tensor([123.675, 116.28, 103.53])[:, None, None]
@@ -173,7 +173,7 @@ def token_embeddings(
 
 @functools.cache
 def crop_choice(official: Recording) -> torch.Tensor | None:
-    """The crops that became tracked features; None if ours are those, see `tied_crops`."""
+    """The crops that became tracked features; None if ours are those, see `knife_edges`."""
     model = build_model(official)
     batch = batch_of(official, model.config, "forward_video", num_frames=1)
     pixels = batch.clips[0].crop_pixels(official)
@@ -183,14 +183,14 @@ def crop_choice(official: Recording) -> torch.Tensor | None:
     name = next(name for name in official.names("forward_video") if name.endswith("rec.token_embeddings.0.0"))
 
     def compare(choice: torch.Tensor | None):
-        with tied_crops.chosen(choice):
+        with chosen(choice):
             states = model.model(**batch.language_inputs(official, config)).last_hidden_state
         official.check(name, token_embeddings(model, batch, states, config.seg_token_id)[0])
 
     with torch.no_grad():
         vectors = model.model.host.encode_pictures(pixels).mean(dim=1)
-        choices = tied_crops.possible_choices(vectors, config.tsf_num_clusters, config.tsf_iterations)
-        return tied_crops.holds_for_one([None, *choices], compare)
+        choices = possible_choices(vectors, config.tsf_num_clusters, config.tsf_iterations)
+        return holds_for_one(itertools.chain([None], choices), compare)
 
 
 @contextmanager
@@ -203,7 +203,7 @@ def released_rules(official: Recording, model: SparrowForVideoGrounding, kind: s
     """
     config = model.config
     with ExitStack() as stack:
-        stack.enter_context(tied_crops.chosen(crop_choice(official)))
+        stack.enter_context(chosen(crop_choice(official)))
         stack.enter_context(options(config.mask_tracker_config, **tracker))
         if kind == "unguided":
             stack.enter_context(options(config, box_guidance=False))

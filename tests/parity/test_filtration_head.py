@@ -161,6 +161,7 @@ class Case:
 
 
 def cases_of(official: Recording) -> dict[str, Case]:
+    """Settings by name. What is not recorded does not matter: a gate above 1 or below 0, a threshold above 1."""
     everything = slice(None)
     empty = int((official["out.gt_boxes"] < 0).all(1).nonzero()[0])  # the token whose ground truth is an empty mask
     partial = {"valid": official["in.prop_mask_partial"]}

@@ -52,5 +52,5 @@ def test_sizes(official: Recording):
 
 @folders
 def test_every_output_is_compared(official: Recording, whole_module):
-    official.leave_out("preprocess_224_strided", "pixel preparation belongs to the processor, not to the tower")
+    official.leave_out("preprocess_224_strided", "pixel preparation is the processor's, see test_preprocess")
     assert not official.missing()

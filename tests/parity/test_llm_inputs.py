@@ -5,6 +5,7 @@ Uses `SparrowConfig` fields `spatial_pool_size`, `temporal_pool_size`, `spatial_
 """
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -16,9 +17,9 @@ from modeling_sparrow.modeling_videoglamm import pool_tokens
 from modeling_sparrow.tracked_features import select_medoids
 from modeling_sparrow.training.tiny_model import sam2_settings
 
-from . import tied_crops
 from .builders import host_sizes
 from .fixtures import Recording, for_cases, for_families
+from .knife_edges import chosen, holds_for_one, possible_choices
 from .sequences import Clip, Rows, expand_rows, pixel_inputs
 
 folders = for_families("llm_inputs")
@@ -94,18 +95,18 @@ def test_case(official: Recording, model: SparrowForVideoGrounding, case: str):
     config = model.config
     kept = int((rows.input_ids[0] == config.tsf_token_id).sum())
     vectors = model.model.host.encode_pictures(crops).mean(dim=1)
-    choices = tied_crops.possible_choices(vectors, config.tsf_num_clusters, config.tsf_iterations)
+    choices = possible_choices(vectors, config.tsf_num_clusters, config.tsf_iterations)
     if kept == config.tsf_num_clusters:
-        choices.insert(0, None)
+        choices = itertools.chain([None], choices)
     else:  # fewer placeholders than clusters: officially the first medoids are used, we refuse such a row
         with pytest.raises(ValueError, match="tracked-feature"):
             model.model.host.embed(rows.input_ids, **pixels)
 
     def compare(choice: torch.Tensor | None):
-        with tied_crops.chosen(choice if choice is None else choice[:kept]):
+        with chosen(choice if choice is None else choice[:kept]):
             compare_states(official, model, name, rows, pixels)
 
-    tied_crops.holds_for_one(choices, compare)
+    holds_for_one(choices, compare)
 
 
 def compare_states(
@@ -184,11 +185,9 @@ def test_tracked_features(official: Recording, model: SparrowForVideoGrounding):
         else:
             num_clusters, iterations = int(kind.removeprefix("k")), model.config.tsf_iterations
         vectors = official["in.km_x"]
-        choices = tied_crops.possible_choices(vectors, num_clusters, iterations)
-        assert torch.equal(select_medoids(vectors, num_clusters, iterations), vectors[choices[0]])
-        tied_crops.holds_for_one(
-            choices, lambda choice, name=name, vectors=vectors: official.check(name, vectors[choice])
-        )
+        chosen_here = select_medoids(vectors, num_clusters, iterations)
+        others = (vectors[choice] for choice in possible_choices(vectors, num_clusters, iterations))
+        holds_for_one(itertools.chain([chosen_here], others), functools.partial(official.check, name))
 
 
 @folders

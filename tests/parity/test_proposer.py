@@ -13,9 +13,8 @@ from modeling_sparrow.conversion.sam2 import sam2_vision_config
 from modeling_sparrow.conversion.videoglamm import convert_proposer
 from modeling_sparrow.region_proposer import RegionProposer, RegionProposerOutput, inverse_sigmoid
 
-from .builders import our_names, proposer_sizes
+from .builders import options, our_names, proposer_sizes, trunk_settings
 from .fixtures import Recording, for_cases, for_families
-from .tracking import options, trunk_settings
 
 folders = for_families("proposer")
 

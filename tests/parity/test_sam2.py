@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from modeling_sparrow.frame_pyramid import FramePyramid
 from modeling_sparrow.mask_tracker import FrameMasks, MaskPrompt, MaskTracker, TrackedObject
 
+from .builders import build_tracker, options, trunk_settings
 from .fixtures import BFLOAT16_TOLERANCE, TOLERANCE, Recording, for_cases, for_families
-from .tracking import PromptedMasks, build_tracker, compare_across_knife_edge, options, trunk_settings
+from .knife_edges import PromptedMasks, compare_across_knife_edge
 
 FAMILIES = ("sam20_tiny", "sam21_tiny", "sam2_tiny")
 folders = for_families(*FAMILIES)
@@ -160,7 +161,9 @@ def test_mask_decoder(official: Recording, tracker: MaskTracker, case: str):
     delta = decoder.dynamic_multimask_stability_delta
     mask = single[0][:, 0]
     stability = (mask > delta).sum((-2, -1)) / (mask > -delta).sum((-2, -1))
-    official.check(f"decoder_{case}.stability", stability)
+    # a pixel next to one of the two thresholds may be counted or not
+    clear = ((mask.abs() - delta).abs() > TOLERANCE).flatten(2).all(2)
+    official.check(f"decoder_{case}.stability", stability, where=clear)
 
 
 @folders
@@ -382,7 +385,9 @@ def test_video(official: Recording, tracker: MaskTracker, case: str):
         official.check(f"{name}.low_res", logits, tolerance)
         official.check(f"{name}.obj_ptr", stacked("pointer"), tolerance)
         scores = stacked("object_logits")
-        memory = torch.cat([entry.memory.features.permute(1, 2, 0) for entry in prompted.remembered])
+        side = tracker.config.image_size // 16
+        memory = [entry.features.permute(1, 2, 0).unflatten(2, (side, side)) for entry in prompted.remembered]
+        memory = torch.cat(memory).float()
         for output, value in (
             ("object_score_logits", scores[..., None]),
             ("decoder_object_scores", scores.flatten()),
@@ -391,8 +396,7 @@ def test_video(official: Recording, tracker: MaskTracker, case: str):
             ("maskmem_frame0", memory),
         ):
             if f"out.{name}.{output}" in official:
-                expected = official[f"out.{name}.{output}"]
-                official.check(f"{name}.{output}", value.float().reshape(expected.shape), tolerance)
+                official.check(f"{name}.{output}", value, tolerance)
 
     with options(tracker.config, **settings), shift:
         compare_across_knife_edge(tracker, run, compare)
