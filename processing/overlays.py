@@ -327,15 +327,41 @@ def write_overlay(
         ExportError: the file cannot be written.
         ValueError: a track of another length or size than the clip.
     """
+    tracks = _check_tracks(tracks, reader)
+    with VideoWriter(path, reader.width, reader.height, timestamps=reader.timestamps) as writer:
+        for t, frame in enumerate(tqdm(reader, desc="overlay", unit="frame", disable=not progress)):
+            writer.write(_draw_tracks(frame, tracks, t))
+
+
+def film_strip(reader: VideoReader, tracks: Iterable[Track], count: int = 4, gap: int = 4) -> np.ndarray:
+    """Some frames of a clip side by side with its objects drawn in, evenly spaced from the first to the last.
+
+    Args:
+        reader, tracks: see `write_overlay`.
+        count: number of frames; a shorter clip gives all it has.
+        gap: white pixels between two frames.
+
+    Returns:
+        uint8 RGB `(H, W', 3)`.
+    """
+    tracks = _check_tracks(tracks, reader)
+    indices = np.linspace(0, len(reader) - 1, min(count, len(reader))).round().astype(int)
+    pictures = [_draw_tracks(frame, tracks, t) for t, frame in zip(indices, reader.read(indices), strict=True)]
+    space = np.full((reader.height, gap, 3), 255, dtype=np.uint8)
+    return np.concatenate([part for picture in pictures for part in (space, picture)][1:], axis=1)
+
+
+def _check_tracks(tracks: Iterable[Track], reader: VideoReader) -> list[Track]:
     tracks = list(tracks)
     for track in tracks:
         if len(track.boxes) != len(reader):
             raise ValueError(f"object {track.id} has {len(track.boxes)} frames, the clip {len(reader)}")
-    ids, labels = [track.id for track in tracks], [track.phrase or "" for track in tracks]
-    with VideoWriter(path, reader.width, reader.height, timestamps=reader.timestamps) as writer:
-        for t, frame in enumerate(tqdm(reader, desc="overlay", unit="frame", disable=not progress)):
-            masks = np.zeros((len(tracks), reader.height, reader.width), dtype=bool)
-            boxes = np.full((len(tracks), 4), np.nan)
-            for number, track in enumerate(tracks):
-                masks[number], boxes[number] = track.mask(t), track.boxes[t]
-            writer.write(draw_overlay(frame, masks, boxes, labels, ids))
+    return tracks
+
+
+def _draw_tracks(frame: np.ndarray, tracks: list[Track], t: int) -> np.ndarray:
+    masks = np.zeros((len(tracks), *frame.shape[:2]), dtype=bool)
+    boxes = np.full((len(tracks), 4), np.nan)
+    for number, track in enumerate(tracks):
+        masks[number], boxes[number] = track.mask(t), track.boxes[t]
+    return draw_overlay(frame, masks, boxes, [track.phrase or "" for track in tracks], [track.id for track in tracks])

@@ -357,10 +357,24 @@ class GroundingResult:
         from .overlays import write_overlay
 
         check_target(path, overwrite=overwrite)
+        self._check_reader(reader)
+        write_overlay(path, reader, self.objects, progress=progress)
+
+    def save_strip(self, path: str | PathLike, reader, *, frames: int = 4, overwrite: bool = False) -> None:
+        """Write a PNG of evenly spaced frames side by side, with boxes and masks drawn on them.
+
+        Raises `ExportError`, or `ValueError` if the reader's video is not the one of this result.
+        """
+        from .exports import write_picture
+        from .overlays import film_strip
+
+        self._check_reader(reader)
+        write_picture(film_strip(reader, self.objects, frames), path, overwrite=overwrite)
+
+    def _check_reader(self, reader) -> None:
         expected, received = (self.num_frames, *self.size), (len(reader), reader.height, reader.width)
         if expected != received:
             raise ValueError(f"reader: expected the video of this result, (T, H, W) = {expected}, received {received}")
-        write_overlay(path, reader, self.objects, progress=progress)
 
     def to_supervision(self, frame: int):
         """The objects that have a box in a frame as `supervision.Detections`.

@@ -5,9 +5,11 @@ from types import SimpleNamespace
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from sparrow_processing.errors import ExportError
-from sparrow_processing.overlays import PALETTE, VideoWriter, draw_overlay, object_color, write_overlay
+from sparrow_processing.overlays import PALETTE, VideoWriter, draw_overlay, film_strip, object_color, write_overlay
+from sparrow_processing.results import GroundingResult
 from sparrow_processing.video_io import open_video
 
 from .clip_factory import numbered_picture, write_clip
@@ -274,3 +276,23 @@ def test_overlay_refuses_tracks_of_another_clip(tmp_path):
     with pytest.raises(ValueError, match="4 frames, the clip 3"):
         write_overlay(tmp_path / "out.mp4", reader, [moving_track(0, "a", 4, 48, 64)])
     assert not (tmp_path / "out.mp4").exists()
+
+
+def test_film_strip_shows_evenly_spaced_frames(tmp_path):
+    reader = open_video(write_clip(tmp_path / "clip.mp4", count=7, width=64, height=48))
+    frames = list(reader)
+    strip = film_strip(reader, [moving_track(1, None, 7, 48, 64)], count=3, gap=2)
+    assert strip.shape == (48, 3 * 64 + 2 * 2, 3) and strip.dtype == np.uint8
+    assert (strip[:, 64:66] == 255).all()
+    assert (strip[40, :64] != frames[0][40]).any()  # the square of the first frame
+    np.testing.assert_array_equal(strip[:, 132:], frames[6])  # absent in the last frame
+    assert film_strip(reader, [], count=20).shape[1] == 7 * 64 + 6 * 4
+
+
+def test_strip_file_of_a_result(tmp_path):
+    reader = open_video(write_clip(tmp_path / "clip.mp4", count=3))
+    result = GroundingResult("q", "a", [], (reader.height, reader.width), reader.fps, reader.timestamps, [0])
+    result.save_strip(tmp_path / "strip.png", reader, frames=2)
+    with pytest.raises(ExportError, match="exists"):
+        result.save_strip(tmp_path / "strip.png", reader)
+    assert np.array(Image.open(tmp_path / "strip.png")).shape == (reader.height, 2 * reader.width + 4, 3)
