@@ -32,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     ground.add_argument("--task", default="refer", choices=["refer", "box", "describe", "ask"])
     ground.add_argument("--max-new-tokens", type=int, default=128)
     ground.add_argument("--json", default=None, metavar="FILE", help="also write the result here; - prints it")
-    ground.add_argument("--no-overlay", action="store_true", help="do not write overlay.mp4")
+    ground.add_argument("--no-overlay", action="store_true", help="do not write overlay.mp4 and overlay.png")
     ground.set_defaults(run=run_ground)
 
     info = commands.add_parser("info", help="say what a checkpoint is")
@@ -77,6 +77,11 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("sparrow: interrupted", file=sys.stderr)
         return 130
+    except (RuntimeError, MemoryError) as error:
+        if type(error).__name__ not in ("OutOfMemoryError", "MemoryError"):  # torch's, which is slow to import
+            raise
+        print(f"sparrow: out of memory: try --dtype bfloat16 or --max-frames. {_one_line(error)}", file=sys.stderr)
+        return 1
 
 
 def _one_line(error: Exception) -> str:
@@ -109,18 +114,19 @@ def load_model(name: str | None, device: str | None, dtype: str = "float32"):
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         if config.model_type != SparrowConfig.model_type:
             raise ValueError(f"{name} holds a model of type {config.model_type!r}, not {SparrowConfig.model_type!r}.")
         model, loading = AutoModel.from_pretrained(
             name,
             config=config,
+            trust_remote_code=False,
             dtype=getattr(torch, dtype),
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # refused below, with the absent ones
             output_loading_info=True,
         )
-    except (SafetensorError, StrictDataclassError) as error:
+    except (SafetensorError, StrictDataclassError, TypeError) as error:  # TypeError: config.json holds no object
         raise ValueError(f"{name} cannot be loaded: {error}") from error
     wrong = [*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])]
     if wrong:
@@ -128,7 +134,7 @@ def load_model(name: str | None, device: str | None, dtype: str = "float32"):
             f"{name}: {len(wrong)} tensors are absent or do not fit config.json, and would be random: "
             f"{', '.join(sorted(wrong)[:5])}{' …' * (len(wrong) > 5)}."
         )
-    processor = AutoProcessor.from_pretrained(name)
+    processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
     processor.check_config(config)
     return model.to(device).eval(), processor
 
@@ -210,11 +216,15 @@ def _output_folders(root: Path, count: int) -> list[Path]:
 
 
 def write_result(result, reader, folder: Path, overlay: bool = True):
-    """Write `result.json`, `overlay.mp4` and `masks/<object>/<frame>.png`, replacing those of an earlier run."""
+    """Write `result.json`, `masks/<object>/<frame>.png`, `overlay.mp4` and `overlay.png` (four frames of it).
+
+    Those of an earlier run are replaced.
+    """
     result.save_json(folder / "result.json", overwrite=True)
     result.save_pngs(folder / "masks", overwrite=True)
     if overlay:
         result.save_video(folder / "overlay.mp4", reader, overwrite=True, progress=True)
+        result.save_strip(folder / "overlay.png", reader, overwrite=True)
 
 
 def _write_json(results: list, target: str):
@@ -235,8 +245,8 @@ def _report(result, folder: Path, overlay: bool):
         print(f"object {track.id}: {track.phrase or ''} (score {track.score:.2f}, {seen})", file=sys.stderr)
     for warning in result.warnings:
         print(f"note:    {warning}", file=sys.stderr)
-    files = "result.json, overlay.mp4, masks" if overlay else "result.json, masks"
-    print(f"written: {folder}{os.sep}{files}{os.sep}", file=sys.stderr)
+    files = f"result.json, masks{os.sep}" + (", overlay.mp4, overlay.png" if overlay else "")
+    print(f"written: {folder}{os.sep}{files}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------- info, export, convert

@@ -101,6 +101,13 @@ class LocatedBoxes:
     proposals: RegionProposals
     confidence: torch.Tensor
 
+    def drop_broken_boxes(self) -> int:
+        """Drop, in place, boxes that are not finite or end before they begin; returns how many."""
+        sound = self.scores.isfinite() & self.boxes.isfinite().all(-1)
+        sound &= (self.boxes[:, :2] <= self.boxes[:, 2:]).all(-1)
+        self.boxes, self.scores = self.boxes[sound], self.scores[sound]
+        return int((~sound).sum())
+
 
 @dataclass
 class AnswerTokens:

@@ -21,7 +21,7 @@ from .configuration_sparrow import SparrowConfig
 from .filtration_head import FiltrationHead, FiltrationOutput, ReleasedFiltrationHead, select_boxes
 from .frame_pyramid import ClipPyramids, FramePyramid, FrameStream, TensorFrames, VideoPyramids
 from .losses import filter_losses, mask_losses
-from .mask_tracker import FrameMasks, MaskPrompt, MaskTracker, TrackedObject
+from .mask_tracker import NO_OBJECT_LOGIT, FrameMasks, MaskPrompt, MaskTracker, TrackedObject
 from .modeling_base import SparrowPreTrainedModel, grad_if_trainable, is_trainable
 from .modeling_outputs import (
     AnswerTokens,
@@ -45,6 +45,9 @@ _PIXEL_INPUTS = (
     "tsf_pixel_values",
     "num_tsf_crops",
 )
+
+DEFAULT_NEW_TOKENS = 128  # `generate` would cut an answer after 20
+_LENGTH_OPTIONS = {"max_length", "max_new_tokens", "generation_config"}
 
 
 class TokenHead(nn.Module):
@@ -359,13 +362,17 @@ class SparrowForVideoGrounding(SparrowPreTrainedModel, GenerationMixin):
             boxes += [place.boxes for place in located]
         clips = torch.tensor(clip_of_object, device=mask_pixel_values.device, dtype=torch.int64)
         masks = self._propagate_clips(ClipPyramids(pyramid, T, clips), objects)
+        side = self.config.mask_tracker_config.image_size // 4
+        absent = pyramid.levels[0].new_full((T, side, side), NO_OBJECT_LOGIT)  # of a token that no box was found for
         mask_logits = [
-            [torch.stack([masks[k] for k in own]).amax(dim=0) for own in video] for video in objects_of_token
+            [torch.stack([masks[k] for k in own]).amax(dim=0) if own else absent for own in video]
+            for video in objects_of_token
         ]
+        flat = [logits for video in mask_logits for logits in video]
         grounding = {
             "box_embeddings": torch.cat([box for box, _ in tokens]),
             "seg_embeddings": torch.cat([seg for _, seg in tokens]),
-            "mask_logits": torch.stack([logits for video in mask_logits for logits in video]) if objects else None,
+            "mask_logits": torch.stack(flat) if flat else None,
             "boxes": boxes,
         }
         names = sorted({name for loss in losses for name in loss})
@@ -476,7 +483,7 @@ class SparrowForVideoGrounding(SparrowPreTrainedModel, GenerationMixin):
         """What to follow for each [SEG] embedding `(S, P)` and its boxes; without boxes [SEG] prompts frame 0 alone.
 
         With memory each box is an object of its own; frame-wise, and in the released order of prompts, all boxes of a
-        token make one object. No [SEG] at all: the boxes alone prompt.
+        token make one object. A token that was not found has none. No [SEG] at all: the boxes alone prompt.
         """
         if self.config.filtration_config.variant == "released" and located:
             located = align_boxes(located, len(seg_embeddings))
@@ -488,7 +495,9 @@ class SparrowForVideoGrounding(SparrowPreTrainedModel, GenerationMixin):
         objects = []
         for seg, place in zip(seg_embeddings, located, strict=True):
             token = seg[None, None]  # (1, 1, P)
-            if config.propagation == "framewise":
+            if not len(place.boxes):
+                objects.append([])
+            elif config.propagation == "framewise":
                 boxes = place.boxes
                 prompt = MaskPrompt(tokens=token.expand(len(boxes), -1, -1), boxes=boxes)
                 objects.append([TrackedObject(0, [prompt])])
@@ -617,10 +626,10 @@ class SparrowForVideoGrounding(SparrowPreTrainedModel, GenerationMixin):
             proposer_pixel_values, original_sizes: as in `forward`.
             metadata: one item per row, handed through to the output for the processor.
             keep_logits: the output holds the mask logits of every frame.
-            generate_kwargs: pixel inputs of the towers and everything else `generate` takes; greedy by default.
+            generate_kwargs: pixel inputs of the towers and everything else `generate` takes; greedy and at most 128
+                new tokens by default.
         """
-        if generate_kwargs.get("num_beams", 1) != 1 or generate_kwargs.get("num_return_sequences", 1) != 1:
-            raise ValueError("ground() reads the states of one sequence per row: use num_beams=1.")
+        self._check_generation(generate_kwargs)
         began = time.perf_counter()
         generated = self.generate(
             input_ids=input_ids,
@@ -654,6 +663,13 @@ class SparrowForVideoGrounding(SparrowPreTrainedModel, GenerationMixin):
             metadata=metadata,
         )
 
+    def _check_generation(self, options: dict):
+        """Options of `generate`, completed in place by the longest answer."""
+        if options.get("num_beams", 1) != 1 or options.get("num_return_sequences", 1) != 1:
+            raise ValueError("ground() reads the states of one sequence per row: use num_beams=1.")
+        if self.generation_config.max_new_tokens is None and not options.keys() & _LENGTH_OPTIONS:
+            options["max_new_tokens"] = DEFAULT_NEW_TOKENS
+
     def _streams(self, mask_pixel_values, num_mask_frames, frames) -> list[FrameStream]:
         if frames is not None:
             return list(frames) if isinstance(frames, (list, tuple)) else [frames]
@@ -682,6 +698,9 @@ class SparrowForVideoGrounding(SparrowPreTrainedModel, GenerationMixin):
         for row, answer in answers.items():
             box_tokens = self._box_queries(answer.box, answer.seg)
             located = self.locate(box_tokens, pyramids, proposer_pixel_values) if len(box_tokens) else []
+            broken = sum(place.drop_broken_boxes() for place in located)
+            if broken:
+                answer.warnings.append(f"{broken} of the boxes found are not finite or inverted and were dropped.")
             if original_size is not None and located:
                 self._apply_box_prior(located, pyramids.at(0), original_size)
             seg_tokens = self._mask_queries(answer.box, answer.seg, located)

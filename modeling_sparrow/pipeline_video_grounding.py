@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from transformers import Pipeline
+from transformers.dynamic_module_utils import custom_object_save
 
 
 class VideoGroundingPipeline(Pipeline):
@@ -26,7 +27,7 @@ class VideoGroundingPipeline(Pipeline):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        if self.processor is None:
+        if not hasattr(self.processor, "check_config"):
             raise ValueError("This pipeline needs a SparrowProcessor: pass processor=…, or a folder that has one.")
         self.processor.check_config(self.model.config)
 
@@ -56,7 +57,7 @@ class VideoGroundingPipeline(Pipeline):
             if not single:
                 raise ValueError("stream=True works on one video at a time.")
             prepare, generate_kwargs, _ = self._sanitize_parameters(**kwargs)
-            return self._stream(items[0], prepare, generate_kwargs)
+            return self._stream(items[0], self._preprocess_params | prepare, self._forward_params | generate_kwargs)
         results = [super(VideoGroundingPipeline, self).__call__(item, **kwargs) for item in items]
         return results[0] if single else results
 
@@ -102,6 +103,13 @@ class VideoGroundingPipeline(Pipeline):
                 }
 
     def save_pretrained(self, save_directory, **kwargs):
-        """Also writes the processor, which the base class leaves out."""
+        """Also writes what the base class leaves out: the processor, and this file if it came from a repository."""
+        if hasattr(self, "_registered_impl"):  # goes into config.json, where no path of this machine belongs
+            self._registered_impl = {
+                task: {name: value for name, value in info.items() if name != "default"}
+                for task, info in self._registered_impl.items()
+            }
         super().save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory)
+        if not hasattr(self, "_registered_impl"):
+            custom_object_save(self, save_directory)

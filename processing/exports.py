@@ -189,7 +189,7 @@ def _track_from_dict(record: Any, size: tuple[int, int]) -> tuple[ObjectTrack, l
 
 def write_json(result: GroundingResult, path: str | PathLike, *, overwrite: bool = False) -> None:
     """Write `result_to_json` to a file."""
-    _write_text(path, result_to_json(result) + "\n", overwrite)
+    write_text(path, result_to_json(result) + "\n", overwrite)
 
 
 def read_json(path: str | PathLike) -> GroundingResult:
@@ -244,7 +244,7 @@ def result_to_coco(result: GroundingResult) -> dict[str, Any]:
 
 def write_coco(result: GroundingResult, path: str | PathLike, *, overwrite: bool = False) -> None:
     """Write `result_to_coco` to a file."""
-    _write_text(path, json.dumps(result_to_coco(result), allow_nan=False) + "\n", overwrite)
+    write_text(path, json.dumps(result_to_coco(result), allow_nan=False) + "\n", overwrite)
 
 
 def read_coco(path: str | PathLike) -> dict[int, CocoTrack]:
@@ -313,7 +313,7 @@ def result_to_mot(result: GroundingResult) -> str:
 
 def write_mot(result: GroundingResult, path: str | PathLike, *, overwrite: bool = False) -> None:
     """Write `result_to_mot` to a file."""
-    _write_text(path, result_to_mot(result), overwrite)
+    write_text(path, result_to_mot(result), overwrite)
 
 
 def read_mot(path: str | PathLike, num_frames: int) -> dict[int, tuple[np.ndarray, np.ndarray]]:
@@ -359,7 +359,7 @@ def result_to_csv(result: GroundingResult) -> str:
 
 def write_csv(result: GroundingResult, path: str | PathLike, *, overwrite: bool = False) -> None:
     """Write `result_to_csv` to a file."""
-    _write_text(path, result_to_csv(result), overwrite)
+    write_text(path, result_to_csv(result), overwrite)
 
 
 def read_csv(path: str | PathLike) -> dict[int, CsvTrack]:
@@ -539,9 +539,16 @@ def check_target(path: str | PathLike, *, overwrite: bool) -> None:
         raise ExportError(f"cannot write {path}: it exists; pass overwrite=True to replace it")
 
 
-def _write_text(path: str | PathLike, text: str, overwrite: bool) -> None:
+def write_text(path: str | PathLike, text: str, overwrite: bool) -> None:
+    """Write a UTF-8 file whole or not at all."""
     with _replacing(path, overwrite) as temp:
         temp.write_bytes(text.encode("utf-8"))
+
+
+def write_picture(picture: np.ndarray, path: str | PathLike, *, overwrite: bool = False) -> None:
+    """Write a PNG of `(H, W, 3)` uint8 RGB."""
+    with _replacing(path, overwrite) as temp:
+        Image.fromarray(picture).save(temp, format="PNG")
 
 
 @contextlib.contextmanager

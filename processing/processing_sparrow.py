@@ -53,6 +53,19 @@ class GroundingRequest:
     sampled_frames: list[int]
     warnings: list[str]
 
+    @classmethod
+    def of(cls, query: str, task: str, reader: VideoReader, sampled: np.ndarray) -> "GroundingRequest":
+        return cls(
+            query=query,
+            task=task,
+            path=reader.path,
+            size=(reader.height, reader.width),
+            fps=reader.fps,
+            timestamps=reader.timestamps,
+            sampled_frames=sampled.tolist(),
+            warnings=list(reader.warnings),
+        )
+
 
 class MaskFrameStream:
     """The frames of a video for the mask tracker, `(3, S, S)` float32, decoded and resized when asked for."""
@@ -116,6 +129,7 @@ class MaskCollector:
         size = self.requests[row].size
         logits = F.interpolate(logits[:, None].float(), size=size, mode="bilinear", align_corners=False)[:, 0]
         masks = (logits > self.mask_threshold).cpu().numpy()
+        scores = torch.where(scores.isfinite(), scores, 0.0)  # a broken model must not break its result
         there = (object_logits > self.visibility_threshold).tolist()
         for k, item in enumerate(objects):
             track = self._track(row, item)
@@ -218,41 +232,31 @@ class SparrowProcessor(ProcessorMixin):
     @classmethod
     def from_config(cls, config, tokenizer: PreTrainedTokenizerBase, **overrides) -> "SparrowProcessor":
         """A processor whose streams and token counts fit a [`SparrowConfig`]."""
-        processor = cls(
-            tokenizer,
-            **{
-                "num_frames": config.num_frames,
-                "chunk_size": config.temporal_config.num_frames,
-                "tubelet_size": config.temporal_config.tubelet_size,
-                "spatial_size": config.spatial_config.image_size,
-                "temporal_size": config.temporal_config.image_size,
-                "mask_size": config.mask_tracker_config.image_size,
-                "proposer_size": config.proposer_config.image_size,
-                "spatial_patch_size": config.spatial_config.patch_size,
-                "spatial_pool_size": config.spatial_pool_size,
-                "temporal_pool_size": config.temporal_pool_size,
-                "tsf_num_clusters": config.tsf_num_clusters,
-                "mask_threshold": config.mask_tracker_config.mask_threshold,
-                "visibility_threshold": config.mask_tracker_config.visibility_threshold,
-            }
-            | overrides,
-        )
+        settings = {
+            "num_frames": config.num_frames,
+            "mask_threshold": config.mask_tracker_config.mask_threshold,
+            "visibility_threshold": config.mask_tracker_config.visibility_threshold,
+        }
+        processor = cls(tokenizer, **(_stream_sizes(config) | settings | overrides))
         processor.check_config(config)
         return processor
 
     def check_config(self, config):
-        """Raise `ValueError` if the model's token ids are not those of the tokenizer."""
+        """Raise `ValueError` if token ids or sizes of the streams are not those of the model."""
         expected = {
             BOX_TOKEN: config.box_token_id,
             SEG_TOKEN: config.seg_token_id,
             VIDEO_TOKEN: config.video_token_id,
             TSF_TOKEN: config.tsf_token_id,
         }
+        own = self.token_ids | vars(self)
         wrong = [
-            f"{t}: tokenizer {self.token_ids[t]}, model {i}" for t, i in expected.items() if self.token_ids[t] != i
+            f"{name}: processor {own[name]}, model {value}"
+            for name, value in (expected | _stream_sizes(config)).items()
+            if own[name] != value
         ]
         if wrong:
-            raise ValueError("Tokenizer and model do not belong together. " + "; ".join(wrong))
+            raise ValueError("Processor and model do not belong together. " + "; ".join(wrong))
 
     # ------------------------------------------------------------------ inputs
 
@@ -293,12 +297,14 @@ class SparrowProcessor(ProcessorMixin):
         if videos is None:
             raise PromptError("No video was given.")
         clips = list(videos) if self.is_list_of_videos(videos) else [videos]
-        readers = [self._open(clip, max_frames) for clip in clips]
-        queries, video_index = _queries_per_video(text, len(readers), needs_text="{query}" in self._prompt(task))
+        queries, video_index = _queries_per_video(text, len(clips), needs_text="{query}" in self._prompt(task))
         queries = [check_prompt(query) for query in queries]
+        readers = [self._open(clip, max_frames) for clip in clips]
         sampled = [sample_frame_indices(reader.timestamps, self.num_frames) for reader in readers]
         data = self._video_streams(readers, sampled)
-        crops = tracked_crops or [None] * len(queries)
+        crops = [row or None for row in tracked_crops or [None] * len(queries)]
+        if len(crops) != len(queries):
+            raise ValueError(f"tracked_crops: expected one list for each of {len(queries)} queries, got {len(crops)}.")
         rows = [
             self.prompt_ids(query, task, len(sampled[video]), 0 if crop is None else len(crop))
             for query, video, crop in zip(queries, video_index, crops, strict=True)
@@ -312,16 +318,7 @@ class SparrowProcessor(ProcessorMixin):
         else:
             data |= self._mask_stream(readers)
         data["metadata"] = [
-            GroundingRequest(
-                query=query,
-                task=task,
-                path=readers[video].path,
-                size=(readers[video].height, readers[video].width),
-                fps=readers[video].fps,
-                timestamps=readers[video].timestamps,
-                sampled_frames=sampled[video].tolist(),
-                warnings=list(readers[video].warnings),
-            )
+            GroundingRequest.of(query, task, readers[video], sampled[video])
             for query, video in zip(queries, video_index, strict=True)
         ]
         return BatchFeature(data)
@@ -356,6 +353,9 @@ class SparrowProcessor(ProcessorMixin):
             num_frames: sampled frames of the clip, 0 for a question without a video.
             num_crops: crops of the tracked referent.
         """
+        unknown = self.tokenizer.unk_token
+        if unknown is not None:  # a tokenizer of words makes it of any text, which the sanitizing refuses
+            query = query.replace(unknown, " ".join(unknown))
         content = [{"type": "text", "text": self._prompt(task).format(query=query)}]
         if num_frames:
             content.insert(0, {"type": "video"})
@@ -429,9 +429,16 @@ class SparrowProcessor(ProcessorMixin):
         Args:
             output: of `ground`, called with everything this processor made.
             masks: the collector that was given to `ground` as `mask_sink`, if there was one.
+
+        Raises:
+            ValueError: the output does not know what was asked, or its masks went elsewhere.
         """
         requests = output.metadata
+        if requests is None:
+            raise ValueError("The output has no metadata: call ground with all that the processor made.")
         if masks is None:
+            if any(found.mask_logits is None for objects in output.objects for found in objects):
+                raise ValueError("The masks went to a mask_sink: give the collector that took them as `masks`.")
             masks = self.collector(requests)
             for row, objects in enumerate(output.objects):
                 for item, found in enumerate(objects):
@@ -508,21 +515,36 @@ class SparrowProcessor(ProcessorMixin):
             ids: generated token ids `(L,)`.
             positions: index of the [SEG] (or [BOX]) of each object among them; objects may share one.
         """
+        hidden = [token for token in self.tokenizer.all_special_tokens if token not in ("<p>", "</p>")]
+        control = {*self.tokenizer.convert_tokens_to_ids(hidden), *self.token_ids.values()}
+        answer, start = _AnswerText(), 0
+        phrases = {}
         ids = [int(index) for index in ids]
-        marker = self.token_ids[SEG_TOKEN] if self.token_ids[SEG_TOKEN] in ids else self.token_ids[BOX_TOKEN]
-        order = {position: rank for rank, position in enumerate(p for p, index in enumerate(ids) if index == marker)}
-        raw = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        token = SEG_TOKEN if marker == self.token_ids[SEG_TOKEN] else BOX_TOKEN
-        text, phrases = _clean_answer(raw, token, self._hidden_tokens())
-        return text, [phrases[order[position]] for position in positions]
-
-    def _hidden_tokens(self) -> list[str]:
-        keep = {"<p>", "</p>", BOX_TOKEN, SEG_TOKEN}
-        return [token for token in self.tokenizer.all_special_tokens if token not in keep]
+        for position in [*(p for p, index in enumerate(ids) if index in control), len(ids)]:
+            words = ids[start:position]
+            answer.add(self.tokenizer.decode(words, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+            phrases[position], start = answer.phrase, position + 1
+        return answer.text, [phrases[position] for position in positions]
 
     @property
     def model_input_names(self) -> list[str]:
         return ["input_ids", "attention_mask", "spatial_pixel_values", "temporal_pixel_values", "mask_pixel_values"]
+
+
+def _stream_sizes(config) -> dict[str, int | None]:
+    """Arguments of the processor that the sizes of a [`SparrowConfig`] fix."""
+    return {
+        "chunk_size": config.temporal_config.num_frames,
+        "tubelet_size": config.temporal_config.tubelet_size,
+        "spatial_size": config.spatial_config.image_size,
+        "temporal_size": config.temporal_config.image_size,
+        "mask_size": config.mask_tracker_config.image_size,
+        "proposer_size": config.proposer_config.image_size,
+        "spatial_patch_size": config.spatial_config.patch_size,
+        "spatial_pool_size": config.spatial_pool_size,
+        "temporal_pool_size": config.temporal_pool_size,
+        "tsf_num_clusters": config.tsf_num_clusters,
+    }
 
 
 def check_prompt(query: str) -> str:
@@ -552,33 +574,38 @@ def read_time_span(text: str, request: GroundingRequest) -> tuple[float, float] 
     return tuple(float(request.timestamps[request.sampled_frames[index]]) for index in (start, end))
 
 
-def _clean_answer(
-    raw: str, token: str, hidden: list[str]
-) -> tuple[str, list[tuple[str | None, tuple[int, int] | None]]]:
-    """Text without control tokens, and the phrase and span before each `token`."""
-    for special in hidden:
-        raw = raw.replace(special, " ")
-    pieces = re.split(r"(<p>|</p>|\[BOX\]|\[SEG\])", raw)
-    text, start, phrase = "", None, None
-    phrases: list[tuple[str | None, tuple[int, int] | None]] = []
-    for piece in pieces:
-        if piece == "<p>":
-            start = len(text)
-        elif piece == "</p>":
-            if start is not None:
-                begin = start + (1 if text[start : start + 1] == " " else 0)
-                phrase = (text[begin:], (begin, len(text))) if begin < len(text) else None
-            start = None
-        elif piece in (BOX_TOKEN, SEG_TOKEN):
-            if piece == token:
-                phrases.append(phrase or (None, None))
-        else:
-            words = re.sub(r"\s+([.,;:!?])", r"\1", " ".join(piece.split()))
-            if words:
-                glue = "" if not text or words[0] in ".,;:!?" else " "
-                text += glue + words
-                phrase = None if start is None else phrase
-    return text, phrases
+class _AnswerText:
+    """Clean text of an answer while it is read piece by piece.
+
+    Attributes:
+        text: so far.
+        phrase: words between the last `<p>` and `</p>` and their span, `(None, None)` once other words followed.
+    """
+
+    def __init__(self):
+        self.text, self.phrase = "", (None, None)
+        self._start: int | None = None  # where an open <p> stands
+
+    def add(self, raw: str):
+        for piece in re.split(r"(<p>|</p>)", raw):
+            if piece == "<p>":
+                self._start, self.phrase = len(self.text), (None, None)
+            elif piece == "</p>":
+                self._close_phrase()
+            else:
+                self._add_words(re.sub(r"\s+([.,;:!?])", r"\1", " ".join(piece.split())))
+
+    def _close_phrase(self):
+        if self._start is not None:
+            begin = self._start + (self.text[self._start : self._start + 1] == " ")
+            if begin < len(self.text):
+                self.phrase = (self.text[begin:], (begin, len(self.text)))
+        self._start = None
+
+    def _add_words(self, words: str):
+        if words:
+            self.text += ("" if not self.text or words[0] in ".,;:!?" else " ") + words
+            self.phrase = (None, None)
 
 
 def _is_picture(item: Any) -> bool:
@@ -600,6 +627,8 @@ def _queries_per_video(text: Any, num_videos: int, needs_text: bool) -> tuple[li
         if len(text) != num_videos:
             raise PromptError(f"{len(text)} lists of queries were given for {num_videos} videos.")
         pairs = [(query, video) for video, queries in enumerate(text) for query in queries]
+        if not pairs:
+            raise PromptError("The lists of queries are empty.")
         return [query for query, _ in pairs], [video for _, video in pairs]
     if num_videos == 1:
         return list(text), [0] * len(text)

@@ -282,3 +282,12 @@ def test_deepcopy_keeps_outputs(model, inputs):
     twin = copy.deepcopy(model)
     batch = answered(inputs)
     torch.testing.assert_close(twin(**batch).logits, model(**batch).logits)
+
+
+@torch.no_grad()
+def test_labels_of_a_token_that_finds_no_box(inputs):
+    """An empty mask is what evaluation during training then scores."""
+    model = random_model(filtration_config={"score_threshold": 1.5, "fallback_threshold": 1.5})
+    output = model(**with_masks(inputs, answered(inputs)))
+    assert [len(boxes) for boxes in output.boxes] == [0, 0]
+    assert (output.mask_logits < 0).all() and torch.isfinite(output.loss)
