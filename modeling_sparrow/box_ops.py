@@ -3,6 +3,8 @@
 Nothing here needs torchvision, whose operators do not load beside every build of torch.
 """
 
+import math
+
 import torch
 
 
@@ -16,6 +18,16 @@ def xyxy_to_cxcywh(boxes: torch.Tensor) -> torch.Tensor:
     """Corners to centre and size, same unit. `(…, 4)` to `(…, 4)`."""
     low, high = boxes[..., :2], boxes[..., 2:]
     return torch.cat([0.5 * (low + high), high - low], dim=-1)
+
+
+def sine_box_embedding(boxes: torch.Tensor, width: int) -> torch.Tensor:
+    """Sine and cosine of normalised cxcywh boxes `(…, 4)` at `width / 2` frequencies, one cycle per picture and
+    slower: `(…, 4 * width)` (DETR, arXiv 2005.12872, of box coordinates as in Deformable DETR, arXiv 2010.04159).
+    """
+    index = torch.arange(width, device=boxes.device, dtype=boxes.dtype)
+    frequency = 10000 ** (2 * torch.div(index, 2, rounding_mode="floor") / width)
+    angles = (boxes * 2 * math.pi)[..., None] / frequency
+    return torch.stack([angles[..., 0::2].sin(), angles[..., 1::2].cos()], dim=-1).flatten(-3)
 
 
 def box_area(boxes: torch.Tensor) -> torch.Tensor:

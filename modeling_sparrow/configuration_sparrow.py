@@ -196,6 +196,10 @@ class FiltrationHeadConfig(SparrowBaseConfig):
     prior_max_keep: int = 4
     initializer_range: float = 0.02
 
+    def validate_architecture(self):
+        if self.variant == "paper" and self.hidden_size % 8:
+            raise ValueError(f"hidden_size must be a multiple of 8, for the box embedding, got {self.hidden_size}.")
+
 
 @strict
 class MaskTrackerConfig(SparrowBaseConfig):

@@ -12,7 +12,13 @@ from torch import nn
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from .box_ops import cxcywh_to_xyxy, non_maximum_suppression, roi_align, xyxy_to_cxcywh
+from .box_ops import (
+    cxcywh_to_xyxy,
+    non_maximum_suppression,
+    roi_align,
+    sine_box_embedding,
+    xyxy_to_cxcywh,
+)
 from .configuration_sparrow import FiltrationHeadConfig
 from .modeling_base import SparrowPreTrainedModel
 from .region_proposer import RegionProposals
@@ -76,7 +82,8 @@ class FiltrationHead(SparrowPreTrainedModel):
         self.cell_embedding = nn.Parameter(torch.zeros(len(channels), config.roi_size**2, hidden))
         self.token_norm = nn.LayerNorm(hidden)
         self.region_projection = nn.Linear(hidden, hidden)
-        self.position_projection = nn.Linear(4, hidden)
+        self.region_norm = nn.LayerNorm(hidden)
+        self.position_projection = nn.Linear(hidden, hidden)
         self.text_projection = nn.Linear(prompt_size, hidden)
         self.query_projection = nn.Linear(prompt_size, hidden)
         self.key_projection = nn.Linear(hidden, hidden)
@@ -129,8 +136,10 @@ class FiltrationHead(SparrowPreTrainedModel):
             dim=2,
         )
         region_tokens = self.token_norm(region_tokens)
-        regions = nn.functional.gelu(self.region_projection(region_tokens)).mean(dim=2)
-        return regions + self.position_projection(xyxy_to_cxcywh(boxes).to(regions.dtype)), region_tokens
+        # normalised, or what an object looks like would drown where it is
+        regions = self.region_norm(nn.functional.gelu(self.region_projection(region_tokens)).mean(dim=2))
+        positions = sine_box_embedding(xyxy_to_cxcywh(boxes), self.config.hidden_size // 4)
+        return regions + self.position_projection(positions.to(regions.dtype)), region_tokens
 
     def score(
         self, tokens: torch.Tensor, regions: torch.Tensor, region_tokens: torch.Tensor

@@ -18,7 +18,7 @@ from transformers.models.deformable_detr.modeling_deformable_detr import (
 )
 from transformers.utils import ModelOutput
 
-from .box_ops import cxcywh_to_xyxy, non_maximum_suppression
+from .box_ops import cxcywh_to_xyxy, non_maximum_suppression, sine_box_embedding
 from .configuration_sparrow import RegionProposerConfig
 from .losses import HungarianMatcher, proposal_loss
 from .modeling_base import SparrowPreTrainedModel
@@ -224,8 +224,8 @@ class RegionProposer(SparrowPreTrainedModel):
     def _decode(self, encoded: torch.Tensor, start: torch.Tensor, geometry: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """Decoder states `(layers, F, Q, D)` and boxes `(layers, F, Q, 4)`, normalised cxcywh."""
         F, Q = start.shape[:2]
-        positions = self.position_norm(self.position_projection(self._embed_boxes(start.sigmoid())))
-        positions = positions[..., : self.config.d_model]
+        positions = self.position_projection(sine_box_embedding(start.sigmoid(), self.config.d_model // 2))
+        positions = self.position_norm(positions)[..., : self.config.d_model]
         hidden_states = self.query_embedding.weight[:Q].expand(F, -1, -1)
         initial = reference = base = start.sigmoid()
         states, boxes = [], []
@@ -245,14 +245,6 @@ class RegionProposer(SparrowPreTrainedModel):
             else:  # released rule: the next box starts from this offset measured at the initial reference
                 base = (offset + inverse_sigmoid(initial)).sigmoid()
         return torch.stack(states), torch.stack(boxes)
-
-    def _embed_boxes(self, boxes: torch.Tensor) -> torch.Tensor:
-        """Sine embedding of normalised cxcywh boxes, `(F, Q, 4)` to `(F, Q, 2 * D)`."""
-        width = self.config.d_model // 2
-        index = torch.arange(width, device=boxes.device, dtype=boxes.dtype)
-        frequency = 10000 ** (2 * torch.div(index, 2, rounding_mode="floor") / width)
-        angles = (boxes * 2 * math.pi)[..., None] / frequency
-        return torch.stack([angles[..., 0::2].sin(), angles[..., 1::2].cos()], dim=-1).flatten(2)
 
     def propose(self, levels: list[torch.Tensor]) -> RegionProposals:
         """The `max_proposals` best proposals of each frame; those that suppression removed come last, not valid."""
