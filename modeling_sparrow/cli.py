@@ -30,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     ground.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     ground.add_argument("--max-frames", type=int, default=None, help="use only the first frames of the video")
     ground.add_argument("--task", default="refer", choices=["refer", "box", "describe", "ask"])
-    ground.add_argument("--max-new-tokens", type=int, default=128)
+    ground.add_argument("--max-new-tokens", type=int, default=None, help="longest answer (default: the checkpoint's)")
     ground.add_argument("--json", default=None, metavar="FILE", help="also write the result here; - prints it")
     ground.add_argument("--no-overlay", action="store_true", help="do not write overlay.mp4 and overlay.png")
     ground.set_defaults(run=run_ground)
@@ -170,7 +170,7 @@ def run_ground(options: argparse.Namespace) -> int:
     return 130 if interrupted else 0
 
 
-def ground_video(model, processor, reader, queries: list[str] | None, task: str, max_new_tokens: int):
+def ground_video(model, processor, reader, queries: list[str] | None, task: str, max_new_tokens: int | None = None):
     """Ground queries in an open video with a progress bar.
 
     Returns the results and whether the user interrupted; an interrupted run keeps the frames that are done.

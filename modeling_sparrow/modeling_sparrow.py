@@ -626,8 +626,8 @@ class SparrowForVideoGrounding(SparrowPreTrainedModel, GenerationMixin):
             proposer_pixel_values, original_sizes: as in `forward`.
             metadata: one item per row, handed through to the output for the processor.
             keep_logits: the output holds the mask logits of every frame.
-            generate_kwargs: pixel inputs of the towers and everything else `generate` takes; greedy and at most 128
-                new tokens by default.
+            generate_kwargs: pixel inputs of the towers and everything else `generate` takes; by default greedy and as
+                many new tokens as the checkpoint's generation config says, else 128.
         """
         self._check_generation(generate_kwargs)
         began = time.perf_counter()
@@ -667,6 +667,8 @@ class SparrowForVideoGrounding(SparrowPreTrainedModel, GenerationMixin):
         """Options of `generate`, completed in place by the longest answer."""
         if options.get("num_beams", 1) != 1 or options.get("num_return_sequences", 1) != 1:
             raise ValueError("ground() reads the states of one sequence per row: use num_beams=1.")
+        if options.get("max_new_tokens", 0) is None:  # as if not given
+            del options["max_new_tokens"]
         if self.generation_config.max_new_tokens is None and not options.keys() & _LENGTH_OPTIONS:
             options["max_new_tokens"] = DEFAULT_NEW_TOKENS
 
@@ -701,6 +703,7 @@ class SparrowForVideoGrounding(SparrowPreTrainedModel, GenerationMixin):
             broken = sum(place.drop_broken_boxes() for place in located)
             if broken:
                 answer.warnings.append(f"{broken} of the boxes found are not finite or inverted and were dropped.")
+            answer.warnings += self._doubts(located)
             if original_size is not None and located:
                 self._apply_box_prior(located, pyramids.at(0), original_size)
             seg_tokens = self._mask_queries(answer.box, answer.seg, located)
@@ -722,6 +725,18 @@ class SparrowForVideoGrounding(SparrowPreTrainedModel, GenerationMixin):
                 yield row, own
         timings["propagate"] += time.perf_counter() - began
         return grounded
+
+    def _doubts(self, located: list[LocatedBoxes]) -> list[str]:
+        """A sentence about tokens whose best box is taken although its confidence is under the threshold."""
+        threshold = self.config.filtration_config.score_threshold
+        best = [place.scores.max().item() for place in located if len(place.scores)]
+        weak = [score for score in best if score < threshold]
+        if not weak:
+            return []
+        return [
+            f"{len(weak)} of {len(best)} objects: nothing reached the score threshold {threshold:g}, the best region "
+            f"was taken (score {max(weak):.2f})."
+        ]
 
     def _read_answer(self, ids: torch.Tensor, states: torch.Tensor) -> AnswerTokens:
         """[BOX] and [SEG] embeddings of one generated answer, `ids` `(L,)` and `states` `(L, D)`.

@@ -72,7 +72,7 @@ def _add_benchmark(benchmarks: Any, name: str) -> None:
     parser.add_argument("--limit", type=_positive, default=None, help="only the first videos (or sentences, samples)")
     if name in SPLITS:
         parser.add_argument("--split", default=SPLITS[name][0], choices=SPLITS[name])
-    _add_model_options(parser, max_new_tokens=512)
+    _add_model_options(parser)
     parser.add_argument(
         "--host",
         default="videoglamm",
@@ -120,11 +120,13 @@ def _add_benchmark(benchmarks: Any, name: str) -> None:
     parser.set_defaults(run=run_evaluate)
 
 
-def _add_model_options(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=None, help="folder or Hub id (default: the embedded sparrow-tiny)")
     parser.add_argument("--device", default=None, help="cpu, cuda, mps (default: the best there is)")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--max-new-tokens", type=_positive, default=max_new_tokens)
+    parser.add_argument(
+        "--max-new-tokens", type=_positive, default=None, help="longest answer (default: the checkpoint's)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", default=None, metavar="FILE", help="write the numbers here; - prints them")
 
@@ -135,7 +137,7 @@ def _add_synthetic(benchmarks: Any) -> None:
     parser.add_argument("--clips", type=_positive, default=64)
     parser.add_argument("--control", default="none", choices=["none", "blank-video", "other-video", "other-question"])
     parser.add_argument("--batch-size", type=_positive, default=8)
-    _add_model_options(parser, max_new_tokens=32)
+    _add_model_options(parser)
     parser.set_defaults(run=run_synthetic)
 
 

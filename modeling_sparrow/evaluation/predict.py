@@ -65,11 +65,11 @@ class Grounder:
         processor: its `SparrowProcessor`.
         queries_per_pass: questions about one video that are answered together. They share the features of the frames;
             memory grows with their number.
-        max_new_tokens: longest answer.
+        max_new_tokens: longest answer; default as the checkpoint says.
     """
 
-    def __init__(self, model, processor, queries_per_pass: int = 4, max_new_tokens: int = 512) -> None:
-        if queries_per_pass < 1 or max_new_tokens < 1:
+    def __init__(self, model, processor, queries_per_pass: int = 4, max_new_tokens: int | None = None) -> None:
+        if queries_per_pass < 1 or (max_new_tokens is not None and max_new_tokens < 1):
             raise ValueError("queries_per_pass and max_new_tokens must be at least 1")
         self.model, self.processor = model, processor
         self.queries_per_pass, self.max_new_tokens = queries_per_pass, max_new_tokens

@@ -55,7 +55,7 @@ def evaluate_synthetic(
     seed: int = 0,
     control: Control = "none",
     batch_size: int = 8,
-    max_new_tokens: int = 32,
+    max_new_tokens: int | None = None,
 ) -> dict[str, Any]:
     """Grounds one question in each clip of a split of the generated world and scores the masks.
 
@@ -67,7 +67,7 @@ def evaluate_synthetic(
         seed: of the split; another seed gives other clips.
         control: what is taken away from the language model.
         batch_size: clips answered together; it changes the speed, not the answers.
-        max_new_tokens: longest answer.
+        max_new_tokens: longest answer; default as the checkpoint says.
 
     Returns:
         `j`, `f`, `box_miou`: means over clips of the mean over frames, of all predicted objects united against all
@@ -115,7 +115,7 @@ def ground_records(
     neighbours: Sequence[dict[str, Any]],
     control: Control,
     frames_per_second: float,
-    max_new_tokens: int,
+    max_new_tokens: int | None,
 ) -> list[GroundingResult]:
     """Results of some records, computed together.
 

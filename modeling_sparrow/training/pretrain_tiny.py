@@ -29,7 +29,7 @@ from .tiny_tokenizer import build_tokenizer
 logger = logging.getLogger(__name__)
 
 # stage: (default steps, clips per step)
-STAGES = {"image": (1600, 16), "video": (700, 8), "towers": (900, 16), "text": (400, 16), "visual": (1000, 16)}
+STAGES = {"image": (1600, 16), "video": (700, 8), "towers": (900, 16), "text": (400, 16), "visual": (800, 16)}
 
 
 def new_model(seed: int) -> tuple[SparrowForVideoGrounding, SparrowProcessor]:
@@ -104,7 +104,7 @@ def assemble(output: Path, checkpoint: Path, seed: int):
     model, processor = new_model(seed)
     for stage in STAGES:
         load_stage(model, output, stage)
-    model.generation_config.update(do_sample=False, max_new_tokens=64)
+    model.generation_config.update(do_sample=False, max_new_tokens=16)  # "it is [BOX] [SEG] ."
     model.save_pretrained(checkpoint)
     processor.save_pretrained(checkpoint)
     record = {

@@ -1,11 +1,12 @@
 """From scratch, towers: what each patch of the spatial and the temporal tower shows, on generated videos.
 
-Throw-away classifiers say for every patch which noun, colour and size covers it, and in which direction that object
-moves. Without this the towers of a small model never learn motion from the answers alone.
+Throw-away heads say for every patch which noun, colour and size covers it, in which direction that object moves and
+where its box is. Without this the towers of a small model never learn motion from the answers alone, and their tokens
+forget where in the picture they come from.
 """
 
 import functools
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,11 +35,20 @@ class TowerSide(nn.Module):
         self.tubelet_size = config.temporal_config.tubelet_size
         self.words = {"noun": world.nouns, "colour": world.colours, "size": world.sizes}
         width = config.spatial_config.hidden_size
-        self.spatial_heads = nn.ModuleDict({name: nn.Linear(width, len(words)) for name, words in self.words.items()})
+        sizes = {name: len(words) for name, words in self.words.items()} | {"box": 4}
+        self.spatial_heads = nn.ModuleDict({name: nn.Linear(width, size) for name, size in sizes.items()})
         width = config.temporal_config.hidden_size
-        self.temporal_heads = nn.ModuleDict(
-            {"direction": nn.Linear(width, len(DIRECTIONS)), "colour": nn.Linear(width, len(world.colours))}
-        )
+        sizes = {"direction": len(DIRECTIONS), "colour": len(world.colours), "box": 4}
+        self.temporal_heads = nn.ModuleDict({name: nn.Linear(width, size) for name, size in sizes.items()})
+
+
+@dataclass
+class PatchOwners:
+    """What the patches of one frame show: `index` `(P,)` of the object that covers each, BACKGROUND for none."""
+
+    index: np.ndarray
+    objects: list
+    boxes: np.ndarray  # (N, 4) normalised cxcywh, NaN where hidden
 
 
 def spatial_input(frames: np.ndarray) -> torch.Tensor:
@@ -67,70 +77,93 @@ def tower_step(step: int, side: TowerSide, world: WorldConfig, clips: int, seed:
     batch = batch_clips(step, clips, seed + 2, world)
     rng = np.random.default_rng([seed, 2, step])
     losses = {}
-    for name, (logits, labels) in {**_spatial(side, batch, rng), **_temporal(side, batch)}.items():
-        losses[name] = F.cross_entropy(logits, labels, ignore_index=BACKGROUND)
+    for name, (output, target) in {**_spatial(side, batch, rng), **_temporal(side, batch)}.items():
+        if name.endswith("box"):
+            losses[name] = 10 * _box_distance(output, target)
+        else:
+            losses[name] = F.cross_entropy(output, target, ignore_index=BACKGROUND)
     return {"loss": sum(losses.values()), **losses}
 
 
+def _box_distance(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean distance of normalised cxcywh coordinates, over patches with an object."""
+    known = ~target.isnan().any(-1)
+    return (output[known].sigmoid() - target[known]).abs().mean()
+
+
 def _spatial(side: TowerSide, batch: list[SyntheticClip], rng: np.random.Generator) -> dict:
-    """Logits and labels of the patches of two frames of each clip."""
-    frames, owners, objects = [], [], []
+    """Outputs and targets of the patches of two frames of each clip."""
+    frames, owners = [], []
     for clip in batch:
-        owner = patch_owner(clip.masks, side.patch_size)
+        index = patch_owner(clip.masks, side.patch_size)
         for t in rng.choice(len(clip.frames), size=2, replace=False):
             frames.append(clip.frames[t])
-            owners.append(owner[t].ravel())
-            objects.append(clip.objects)
+            owners.append(_owners(clip, index[t], t))
     output = side.spatial_tower(spatial_input(np.stack(frames)), output_hidden_states=[side.spatial_layer])
     features = output.hidden_states[side.spatial_layer][:, 1:].flatten(0, 1)
     return {
-        f"spatial_{name}": (head(features), _labels(owners, objects, name, side.words[name]))
+        f"spatial_{name}": (head(features), _targets(owners, name, side.words.get(name)))
         for name, head in side.spatial_heads.items()
     }
 
 
 def _temporal(side: TowerSide, batch: list[SyntheticClip]) -> dict:
-    """Logits and labels of every tubelet, by the object in the middle of its time."""
+    """Outputs and targets of every tubelet, by the object in the middle of its time."""
     frames = np.stack([clip.frames for clip in batch])
     features = side.temporal_tower(
         temporal_input(frames.reshape(-1, *frames.shape[2:])).unflatten(0, frames.shape[:2])
     )
     features = features.last_hidden_state[:, 1:].flatten(0, 1)
-    middle = slice(side.tubelet_size // 2, None, side.tubelet_size)
-    owners = [patch_owner(clip.masks[:, middle], side.patch_size).ravel() for clip in batch]
-    objects = [clip.objects for clip in batch]
+    middle = range(side.tubelet_size // 2, frames.shape[1], side.tubelet_size)
+    owners = []
+    for clip in batch:
+        index = patch_owner(clip.masks[:, list(middle)], side.patch_size)
+        owners += [_owners(clip, slot, t) for slot, t in zip(index, middle, strict=True)]
     words = {"direction": DIRECTIONS, "colour": side.words["colour"]}
     return {
-        f"temporal_{name}": (head(features), _labels(owners, objects, name, words[name]))
+        f"temporal_{name}": (head(features), _targets(owners, name, words.get(name)))
         for name, head in side.temporal_heads.items()
     }
 
 
-def _labels(owners: list[np.ndarray], objects: list, name: str, words: tuple[str, ...]) -> torch.Tensor:
-    """Word index of the owner of each patch. An object that turned at a wall has no direction."""
+def _owners(clip: SyntheticClip, index: np.ndarray, t: int) -> PatchOwners:
+    H, W = clip.frames.shape[1:3]
+    corners = clip.boxes[:, t] / np.array([W, H, W, H], np.float32)
+    boxes = np.concatenate([(corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]], axis=1)
+    return PatchOwners(index.ravel(), clip.objects, boxes)
+
+
+def _targets(owners: list[PatchOwners], name: str, words: tuple[str, ...] | None) -> torch.Tensor:
+    """Word index, or box, of the owner of each patch. An object that turned at a wall has no direction."""
     rows = []
-    for owner, items in zip(owners, objects, strict=True):
-        index = [
-            BACKGROUND if name == "direction" and item.bounces else words.index(getattr(item, name)) for item in items
-        ]
-        rows.append(np.array([*index, BACKGROUND])[owner])  # owner -1 picks the last entry
+    for owner in owners:
+        if words is None:
+            values = np.concatenate([owner.boxes, np.full((1, 4), np.nan)]).astype(np.float32)
+        else:
+            values = [
+                BACKGROUND if name == "direction" and item.bounces else words.index(getattr(item, name))
+                for item in owner.objects
+            ]
+            values = np.array([*values, BACKGROUND])
+        rows.append(values[owner.index])  # BACKGROUND picks the last entry
     return torch.from_numpy(np.concatenate(rows))
 
 
 def evaluate_towers(side: TowerSide, world: WorldConfig, seed: int, clips: int = 48) -> dict[str, float]:
     batch = batch_clips(0, clips, seed, world, split="validation")
     figures = {}
-    for name, (logits, labels) in {
-        **_spatial(side, batch, np.random.default_rng(seed)),
-        **_temporal(side, batch),
-    }.items():
-        known = labels != BACKGROUND
-        figures[f"val_{name}"] = (logits.argmax(-1) == labels)[known].float().mean()
+    outputs = {**_spatial(side, batch, np.random.default_rng(seed)), **_temporal(side, batch)}
+    for name, (output, target) in outputs.items():
+        if name.endswith("box"):
+            figures[f"val_{name}"] = _box_distance(output, target)
+        else:
+            known = target != BACKGROUND
+            figures[f"val_{name}"] = (output.argmax(-1) == target)[known].float().mean()
     return figures
 
 
 def train_tower_stage(model: SparrowForVideoGrounding, output: Path, steps: int, clips: int = 16, seed: int = 0):
-    """Stage "towers": dense attributes and motion."""
+    """Stage "towers": dense attributes, motion and boxes."""
     torch.manual_seed(seed + 2)
     world = replace(PRESETS["easy"], still=0.2)
     side = TowerSide(model, world)

@@ -39,7 +39,7 @@ def sparrow(answering, tmp_path, capsys):
         code = main(["ground", *map(str, arguments), "--model", str(model), "--output", str(output)])
         printed = capsys.readouterr()
         lines = [line.split("\r")[-1] for line in printed.err.splitlines()]
-        return code, printed.out, [line for line in lines if line and "it/s" not in line and "frame/s" not in line]
+        return code, printed.out, [line for line in lines if line and "%|" not in line]
 
     return run
 
