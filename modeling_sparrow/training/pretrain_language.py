@@ -82,16 +82,23 @@ def shared_ids(side: LanguageSide, num_frames: int) -> list[int]:
 
 
 def draw_questions(
-    side: LanguageSide, clips: list[SyntheticClip], count: int, rng: np.random.Generator, kinds: tuple[str, ...]
+    side: LanguageSide,
+    clips: list[SyntheticClip],
+    count: int,
+    rng: np.random.Generator,
+    kinds: tuple[str, ...],
+    favoured: str | None = None,
 ) -> list[Question]:
-    """Up to `count` questions per clip with a single target, kinds balanced."""
+    """Up to `count` questions per clip with a single target, kinds balanced, or half of them of the favoured kind."""
     tokenizer = side.processor.tokenizer
     answer = tokenizer.encode(ANSWER + " <|end|>", add_special_tokens=False)
     prefix = len(shared_ids(side, 0))
     questions = []
     for number, clip in enumerate(clips):
         possible = [item for item in all_expressions(clip, rng) if item.kind in kinds and len(item.target_ids) == 1]
-        for item in sample_expressions(possible, count, rng):
+        drawn = sample_expressions([item for item in possible if item.kind == favoured], count // 2, rng)
+        drawn += sample_expressions([item for item in possible if item.kind != favoured], count - len(drawn), rng)
+        for item in drawn:
             ids = _prompt_ids(side.processor, item.text)[prefix:] + answer
             questions.append(Question(number, item, item.target_ids[0], ids))
     return questions
@@ -248,7 +255,8 @@ def language_step(
     if not with_video:
         kinds = tuple(kind for kind in kinds if kind != "motion")
     boxes = true_boxes(batch, frame)
-    questions = draw_questions(side, batch, per_clip, rng, kinds)
+    # what only the video tells is learned last: ask for it most
+    questions = draw_questions(side, batch, per_clip, rng, kinds, favoured="motion" if with_video else None)
     questions = [q for q in questions if batch[q.clip].visibility[q.target, frame] > 0.3]
     states, seg_states, text_loss, attention = language_states(side, batch, questions, with_video)
     clip_of = [q.clip for q in questions]

@@ -29,7 +29,7 @@ from .tiny_tokenizer import build_tokenizer
 logger = logging.getLogger(__name__)
 
 # stage: (default steps, clips per step)
-STAGES = {"image": (1600, 16), "video": (700, 8), "towers": (900, 16), "text": (400, 16), "visual": (800, 16)}
+STAGES = {"image": (1600, 16), "video": (700, 8), "towers": (900, 16), "text": (400, 16), "visual": (700, 16)}
 
 
 def new_model(seed: int) -> tuple[SparrowForVideoGrounding, SparrowProcessor]:
