@@ -107,11 +107,14 @@ def _temporal(side: TowerSide, batch: list[SyntheticClip]) -> dict:
 
 
 def _labels(owners: list[np.ndarray], objects: list, name: str, words: tuple[str, ...]) -> torch.Tensor:
-    """Word index of the owner of each patch. An object that turned at a wall has no direction."""
+    """Word index of the owner of each patch. An object that turned, or moved only for a while, has no direction."""
     rows = []
     for owner, items in zip(owners, objects, strict=True):
         index = [
-            BACKGROUND if name == "direction" and item.bounces else words.index(getattr(item, name)) for item in items
+            BACKGROUND
+            if name == "direction" and (item.bounces or item.action != "straight")
+            else words.index(getattr(item, name))
+            for item in items
         ]
         rows.append(np.array([*index, BACKGROUND])[owner])  # owner -1 picks the last entry
     return torch.from_numpy(np.concatenate(rows))

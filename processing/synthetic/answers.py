@@ -100,14 +100,15 @@ def _pick(rng: np.random.Generator, options: Sequence[str]) -> str:
 
 
 def _caption(writer: Writer, sampled: int) -> Iterator[Dialogue]:
-    """All objects with what each of them does; no caption if there are too many, or one that is hardly seen."""
+    """All objects with what each of them does; no caption if there are too many, if one is hardly seen, or if what is
+    said of one red frog could be said of another red frog too."""
     groups: dict[tuple[str, str], list[int]] = {}
     for i in _reading_order(writer):
         doing = _doing(writer, i)
         if doing is None or not writer.facts.seen_enough[i]:
             return
         groups.setdefault((f"{writer.objects[i].colour} {writer.objects[i].noun}", doing), []).append(i)
-    if len(groups) > MAX_PHRASES:
+    if len(groups) > MAX_PHRASES or any(_fits_others(writer, ids, doing) for (_, doing), ids in groups.items()):
         return
     clauses = [_clause(writer, ids, doing) for (_, doing), ids in groups.items()]
     if len(clauses) <= 2:
@@ -136,6 +137,13 @@ def _doing(writer: Writer, i: int) -> str | None:
     return next((direction for direction, states in writer.directions().items() if states[i]), None)
 
 
+def _fits_others(writer: Writer, ids: list[int], doing: str) -> bool:
+    """Whether another object of the same colour and noun does, or may do, the same."""
+    states = writer.directions().get(doing) or getattr(writer.facts, doing)
+    head = next(head for head in writer.pairs if ids[0] in head.ids)
+    return any(states[i] is not False for i in head.ids if i not in ids)
+
+
 # For one object and for several.
 _DOINGS = {name: EVENTS[name][0] for name in ("enters", "leaves", "turns", "stops", "starts")}
 _DOINGS |= {"still": ("stays still", "stay still")}
@@ -156,10 +164,15 @@ def _clause(writer: Writer, ids: list[int], doing: str) -> str:
 
 
 def _times(writer: Writer, sampled: int) -> Iterator[Dialogue]:
-    """When an object is in the picture, or moves; the span runs over the sampled frames."""
+    """When an object is in the picture, or moves; the span runs over the sampled frames.
+
+    Spans over the whole clip are at most as many as others (or one), so that they cannot be guessed.
+    """
     clip = writer.clip
     if clip.config.num_frames == 1:
         return
+    whole: list[Dialogue] = []
+    partial: list[Dialogue] = []
     chosen = sample_frame_indices(np.arange(clip.config.num_frames), sampled)
     for i in writer.everything.ids:
         names = writer.names(i)
@@ -174,7 +187,11 @@ def _times(writer: Writer, sampled: int) -> Iterator[Dialogue]:
                 start, end = int(inside[0]), int(inside[-1])
                 question = _pick(writer.rng, questions).format(name=_pick(writer.rng, names))
                 span = (int(chosen[start]), int(chosen[end]))
-                yield Dialogue(question, TIME_ANSWER.format(start=start, end=end), ((i,),), span, "time")
+                dialogue = Dialogue(question, TIME_ANSWER.format(start=start, end=end), ((i,),), span, "time")
+                (whole if span == (0, clip.config.num_frames - 1) else partial).append(dialogue)
+    yield from partial
+    for k in writer.rng.permutation(len(whole))[: max(1, len(partial))]:
+        yield whole[k]
 
 
 def _frames_in_view(writer: Writer, i: int) -> tuple[int, int] | None:
@@ -214,16 +231,12 @@ def _motion_questions(writer: Writer) -> Iterator[Dialogue]:
         for i, names in named.items():
             if states[i]:
                 yield _text(_pick(writer.rng, DIRECTION_QUESTIONS).format(name=_pick(writer.rng, names)), direction)
-    truths = {True: [], False: []}
     for event, states in writer.events().items():
-        for i in named:
-            if states[i] is not None and writer.facts.seen_enough[i]:
-                truths[states[i]].append((event, i))
-    count = max(1, len(truths[True]))  # as many that are false
-    for truth, answer in ((True, "yes"), (False, "no")):
-        for k in writer.rng.permutation(len(truths[truth]))[:count]:
-            event, i = truths[truth][k]
-            words = {"name": _pick(writer.rng, named[i]), "event": writer.pick(EVENTS[event])[0]}
+        truths = [[i for i in named if states[i] is truth and writer.facts.seen_enough[i]] for truth in (True, False)]
+        if not all(truths):
+            continue  # each event happens as often as it does not: the words tell nothing
+        for ids, answer in zip(truths, ("yes", "no"), strict=True):
+            words = {"name": _pick(writer.rng, named[writer.pick(ids)]), "event": writer.pick(EVENTS[event])[0]}
             yield _text(EVENT_QUESTION.format(**words), answer)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from .shapes import SHAPES
 from .sprites import COLOURS, NOUNS
 
 # Pairs that no object has unless WorldConfig.new_pairs asks for them: they test whether words are combined.
@@ -44,8 +45,10 @@ DIRECTIONS = {"still": (0, 0), "left": (-1, 0), "right": (1, 0), "up": (0, -1), 
 SPEEDS = {"slow": (1.5 / 16, 2.5 / 16), "fast": (4 / 16, 6 / 16)}
 
 # Kinds of expressions that the easy presets ask: one target, which looks, lies or moves in some way.
-SINGLE_TARGET_KINDS = ("class", "colour_class", "colour", "size", "position", "motion", "relation")
+SINGLE_TARGET_KINDS = ("class", "colour_class", "colour", "size", "position", "motion", "relation", "speed")
 KINDS = (*SINGLE_TARGET_KINDS, "multi", "none", "ordinal", "event", "meeting")
+
+MOST_OBJECTS = 8  # the words count no further
 
 # (height, width) in pixels, for data at more than one resolution.
 RESOLUTIONS = ((128, 128), (128, 192), (192, 128), (160, 160), (144, 256), (192, 192), (256, 192), (256, 256))
@@ -96,6 +99,8 @@ class WorldConfig:
                 f"these settings need {fewest} <= min_objects <= max_objects, "
                 f"got {self.min_objects} and {self.max_objects}"
             )
+        if self.max_objects > MOST_OBJECTS:
+            raise ValueError(f"max_objects is at most {MOST_OBJECTS}, which is what the words can count to")
         for name in _PROBABILITIES:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a probability between 0 and 1, got {getattr(self, name)}")
@@ -132,6 +137,13 @@ _PROBABILITIES = (
 _EASY = WorldConfig()
 PRESETS = {
     "easy": _EASY,
+    # The world in which the first sparrow-tiny was trained: no emoji, no photographs, only words of that time.
+    "shapes": replace(
+        _EASY,
+        nouns=SHAPES,
+        photographs=0.0,
+        kinds=tuple(kind for kind in SINGLE_TARGET_KINDS if kind != "speed"),
+    ),
     "hard": WorldConfig(
         num_frames=16,  # two seconds: time to vanish behind something and to come back
         min_objects=3,

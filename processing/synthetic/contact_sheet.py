@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,7 +15,7 @@ from .world import SyntheticClip
 _OUTLINES = ((255, 0, 255), (0, 255, 255), (255, 255, 0), (0, 255, 0), (255, 128, 0), (255, 255, 255))
 _MAX_COLUMNS = 8
 _LINE = 12  # height of a line of text, in pixels
-_COLUMN = 680  # width of a column of text
+_COLUMN, _LETTERS = 680, 120  # width of a column of text in pixels and in letters
 
 
 def render_contact_sheet(
@@ -37,6 +38,7 @@ def render_contact_sheet(
         lines.append(f"{item.kind}: {item.text!r} -> {', '.join(map(str, item.target_ids)) or 'none'}")
     for item in dialogues:
         lines.append(f"{item.kind}: {item.question!r} -> {item.answer!r} {list(map(list, item.targets))}")
+    lines = [part for line in lines for part in textwrap.wrap(line, _LETTERS, subsequent_indent="    ")]
     tile_width, tile_height = width * scale, height * scale
     columns = max(1, len(shown) * tile_width // _COLUMN)
     rows = -(-len(lines) // columns)

@@ -18,6 +18,7 @@ _SPLITS = {
     "test-easy": ("easy", 512),
     "test-hard": ("hard", 512),
     "test-new-words": ("new_words", 512),
+    "test-shapes": ("shapes", 512),
 }
 SPLITS = tuple(_SPLITS)
 _MAX_ATTEMPTS = 256

@@ -11,7 +11,21 @@ import numpy as np
 from .config import SIZES, SPEEDS
 from .facts import Facts, States
 from .scene import SyntheticObject
-from .words import EVENTS, MEETINGS, NUMBERS, ORDINALS, PLURALS, POSITIONS, RELATIONS, SIDES, SYNONYMS, TEMPLATES
+from .shapes import SHAPES
+from .words import (
+    ANY_SHAPE,
+    ANYTHING,
+    EVENTS,
+    MEETINGS,
+    NUMBERS,
+    ORDINALS,
+    PLURALS,
+    POSITIONS,
+    RELATIONS,
+    SIDES,
+    SYNONYMS,
+    TEMPLATES,
+)
 from .world import SyntheticClip
 
 _Item = TypeVar("_Item")
@@ -100,6 +114,7 @@ class Writer:
         self.everything = Head("object", "objects", tuple(range(len(self.objects))))
         self.heads = [*self.nouns, *self.pairs, *self.colours, self.everything]
         self.ambiguous_heads = [head for head in self.heads if len(head.ids) > 1]
+        self.anything = ANY_SHAPE if all(thing.noun in SHAPES for thing in self.objects) else ANYTHING
 
     def _group(self, describe: Callable[[SyntheticObject], tuple[str, str]]) -> list[Head]:
         """Objects by what ``describe`` calls them, in singular and plural."""
@@ -129,8 +144,11 @@ class Writer:
     def pick(self, options: Sequence[_Item]) -> _Item:
         return options[int(self.rng.random() * len(options))]
 
-    def write(self, template: str, **words: str) -> str:
-        return self.pick(TEMPLATES[template]).format(**words)
+    def write(self, template: str, head: str = "", **words: str) -> str:
+        """Fill in one of the forms of a template; the head "object" may become "one"."""
+        if head.endswith("object"):
+            head = head.removesuffix("object") + self.pick(self.anything)
+        return self.pick(TEMPLATES[template]).format(head=head, **words)
 
 
 def only(states: States, ids: tuple[int, ...]) -> int | None:
@@ -155,7 +173,7 @@ def _colour_class(writer: Writer) -> _Found:
 def _colour(writer: Writer) -> _Found:
     for head in writer.colours:
         if len(head.ids) == 1:
-            yield writer.write("colour", colour=writer.objects[head.ids[0]].colour), head.ids
+            yield writer.write("colour", head="object", colour=writer.objects[head.ids[0]].colour), head.ids
 
 
 def _size(writer: Writer) -> _Found:
@@ -186,7 +204,6 @@ def _ordinal(writer: Writer) -> _Found:
 def _motion(writer: Writer) -> _Found:
     facts = writer.facts
     directions = writer.directions()
-    speeds = {name: facts.speed(name) for name in SPEEDS}
     for head in writer.ambiguous_heads:
         for direction, states in directions.items():
             target = only(states, head.ids)
@@ -197,14 +214,22 @@ def _motion(writer: Writer) -> _Found:
             target = only(states, head.ids)
             if target is not None:
                 yield writer.write(form, head=head.text), (target,)
+        target = facts.fastest(head.ids)
+        if target is not None:
+            yield writer.write("fastest", head=head.text), (target,)
+
+
+def _speed(writer: Writer) -> _Found:
+    facts = writer.facts
+    speeds = {name: facts.speed(name) for name in SPEEDS}
+    for head in writer.ambiguous_heads:
         for name, states in speeds.items():
             target = only(states, head.ids)
             if target is not None:
                 yield writer.write("speed", speed=writer.pick(SYNONYMS[name]), head=head.text), (target,)
-        for form, sign in (("fastest", 1), ("slowest", -1)):
-            target = facts.fastest(head.ids, sign)
-            if target is not None:
-                yield writer.write(form, head=head.text), (target,)
+        target = facts.fastest(head.ids, sign=-1)
+        if target is not None:
+            yield writer.write("slowest", head=head.text), (target,)
 
 
 def _relation(writer: Writer) -> _Found:
@@ -271,12 +296,31 @@ def _multi(writer: Writer) -> _Found:
 def _none(writer: Writer) -> _Found:
     """What is not there: one question in each of several ways of being nearly right."""
     yield from _absent_things(writer)
-    false = [("direction", name, states) for name, states in writer.directions().items()]
-    false += [("still", "", writer.facts.still), ("moving", "", writer.facts.moves)]
+    false = [("direction", SYNONYMS[name], states) for name, states in writer.directions().items()]
+    false += [("still", ("",), writer.facts.still), ("moving", ("",), writer.facts.moves)]
     yield from _false_of_all(writer, false)
-    yield from _false_of_all(writer, [("event", name, states) for name, states in writer.events().items()])
+    events = writer.events()
+    singular = {name: [form[0] for form in EVENTS[name]] for name in events}
+    yield from _false_of_all(writer, [("event", singular[name], states) for name, states in events.items()])
     sizes = {size: [thing.size == size for thing in writer.objects] for size in SIZES}
-    yield from _false_of_all(writer, [("size", size, states) for size, states in sizes.items()])
+    yield from _false_of_all(writer, [("size", SYNONYMS[size], states) for size, states in sizes.items()])
+    yield from _false_meeting(writer)
+
+
+def _false_meeting(writer: Writer) -> _Found:
+    """A noun phrase and an anchor that none of its objects meets."""
+    anchor = writer.pick(writer.everything.ids)
+    names = writer.names(anchor)
+    heads = [head for head in writer.heads if head.ids != (anchor,)]
+    if not names or not writer.facts.seen_enough[anchor] or writer.clip.config.num_frames == 1:
+        return
+    options = []
+    for form, side in MEETINGS.items():
+        states = writer.facts.meets(anchor, side)
+        options += [(form, head) for head in heads if all(states[i] is False for i in head.ids)]
+    if options:
+        form, head = writer.pick(options)
+        yield writer.write(form, head=head.text, anchor=writer.pick(names)), ()
 
 
 def _absent_things(writer: Writer) -> _Found:
@@ -295,23 +339,17 @@ def _absent_things(writer: Writer) -> _Found:
         yield writer.write("class", noun=writer.pick(options)), ()
 
 
-def _false_of_all(writer: Writer, predicates: list[tuple[str, str, States]]) -> _Found:
-    """One of the predicates about one noun phrase none of whose objects it is true of."""
+def _false_of_all(writer: Writer, predicates: list[tuple[str, Sequence[str], States]]) -> _Found:
+    """One of the predicates (template, words for its slot, states) about a noun phrase of whose objects none is so."""
     options = [
-        (form, name, head)
-        for form, name, states in predicates
+        (form, words, head)
+        for form, words, states in predicates
         for head in writer.heads
         if all(states[i] is False for i in head.ids)
     ]
-    if not options:
-        return
-    form, name, head = writer.pick(options)
-    words = {"direction": "", "event": "", "size": ""}
-    if form == "event":
-        words["event"] = writer.pick(EVENTS[name])[0]
-    elif name:
-        words[form] = writer.pick(SYNONYMS[name])
-    yield writer.write(form, head=head.text, **words), ()
+    if options:
+        form, words, head = writer.pick(options)
+        yield writer.write(form, head=head.text, **{form: writer.pick(words)}), ()
 
 
 _GENERATORS: dict[str, Callable[[Writer], _Found]] = {
@@ -322,6 +360,7 @@ _GENERATORS: dict[str, Callable[[Writer], _Found]] = {
     "position": _position,
     "motion": _motion,
     "relation": _relation,
+    "speed": _speed,
     "multi": _multi,
     "none": _none,
     "ordinal": _ordinal,

@@ -145,19 +145,23 @@ class Facts:
         return states
 
     def speed(self, name: str) -> States:
-        """Whether each object is slow or fast while it moves."""
+        """Whether each object is slow or fast; None if it also rests."""
         config = self.clip.config
         lowest, highest = (limit * config.short_side / config.frames_per_second for limit in SPEEDS[name])
         states: States = []
-        for thing, moves in zip(self.clip.objects, self.moves, strict=True):
+        for thing, moves, resting in zip(self.clip.objects, self.moves, self._rests, strict=True):
             if not moves:
                 states.append(moves)
+            elif any(resting):
+                states.append(None)
             else:
                 states.append(bool(0.99 * lowest <= thing.speed <= 1.01 * highest))
         return states
 
     def fastest(self, ids: tuple[int, ...], sign: int = 1) -> int | None:
-        """The fastest of the objects (the slowest with ``sign`` -1), if it is so by far and both moved far."""
+        """The fastest of the objects (the slowest with ``sign`` -1), if it is so by far and all move all the time."""
+        if any(any(self._rests[i]) and self.moves[i] is not False for i in ids):
+            return None
         if sign < 0 and not all(self.moves[i] for i in ids):
             return None
         speeds = sorted(((self.clip.objects[i].speed, i) for i in ids), reverse=sign > 0)
@@ -210,7 +214,7 @@ class Facts:
         share = self.clip.visibility[n]
         hidden = np.flatnonzero((share <= HIDDEN_SHARE) & (self.inside[n] >= 0.99) & where)
         clear = np.flatnonzero(share >= CLEAR_SHARE)
-        if len(hidden) and len(clear) and (clear[0] < hidden).any() and (hidden < clear[-1]).any():
+        if len(clear) and ((clear[0] < hidden) & (hidden < clear[-1])).any():
             return True
         covered = share < CLEAR_SHARE * self.inside[n]
         return None if (covered & (self.inside[n] > 0)).any() else False

@@ -27,7 +27,8 @@ class SyntheticRow:
         id: split and number.
         video: an MP4 file (H.264), its bytes.
         question: the user's words.
-        answer: with one ``[BOX] [SEG]`` for each entry of ``targets``.
+        answer: with one ``[BOX] [SEG]`` for each entry of ``targets``. A time span counts the frames of the clip, or
+            16 frames spread evenly over a longer one.
         objects: of the whole clip: ``{"id": int, "frames": [{"index": int, "box": [x0, y0, x1, y1] or None,
             "mask": {"size": [h, w], "counts": str} or None}]}``; boxes in pixels with exclusive maximum, masks in
             COCO's compressed run-length encoding; both of the visible pixels, None where there are none.
@@ -65,8 +66,7 @@ def make_row(videos: SyntheticVideos, index: int) -> SyntheticRow:
     asked = Expression(record["expression"], record["target_ids"], record["kind"], record["candidates"])
     dialogue = refer_dialogue(asked, rng)
     if not videos.split.startswith("test") and rng.random() < OTHER_FORMS:
-        sampled = min(clip.config.num_frames, 16)
-        others = [item for item in all_dialogues(clip, rng, sampled) if item.kind in DIALOGUE_KINDS]
+        others = [item for item in all_dialogues(clip, rng) if item.kind in DIALOGUE_KINDS]
         dialogue = next(iter(sample_expressions(others, 1, rng)), dialogue)
     config = clip.config
     return SyntheticRow(

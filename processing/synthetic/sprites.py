@@ -154,7 +154,7 @@ def tones(colour: list[int]) -> tuple[list[float], list[float]]:
     """Shadow and highlight of an emoji of this colour, RGB. White gets no lighter and black no darker: both change
     little, and only the other way, so that they are not taken for grey."""
     if min(colour) > 180:
-        return [0.5 * value for value in colour], [0.8 * value for value in colour]
+        return [0.62 * value for value in colour], [0.8 * value for value in colour]
     if max(colour) < 80:
-        return [value + 45 for value in colour], [value + 75 for value in colour]
-    return [0.35 * value for value in colour], [0.6 * value + 94 for value in colour]
+        return [value + 32 for value in colour], [value + 64 for value in colour]
+    return [0.45 * value for value in colour], [0.6 * value + 94 for value in colour]

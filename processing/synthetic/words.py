@@ -7,7 +7,7 @@ from .sprites import COLOURS, NOUNS
 
 _IRREGULAR = {
     "cross": "crosses", "fish": "fish", "octopus": "octopuses", "butterfly": "butterflies",
-    "bus": "buses", "strawberry": "strawberries", "cherry": "cherries", "trophy": "trophies",
+    "bus": "buses", "strawberry": "strawberries", "cactus": "cactuses", "snowman": "snowmen",
 }  # fmt: skip
 PLURALS = {noun: _IRREGULAR.get(noun, f"{noun}s") for noun in NOUNS}
 
@@ -18,11 +18,13 @@ MEETINGS = {"front": "front", "behind": "behind", "cross": "any"}  # see Facts.m
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
 ORDINALS = {"second": 1, "third": 2}
 
-# {head} is a noun phrase: "ring", "red ring", "red object", "object".
+# {head} is a noun phrase: "ring", "red ring", "red object", "object". The word "object" may become another of these.
+ANYTHING = ("object", "one")
+ANY_SHAPE = (*ANYTHING, "shape")  # where all objects are flat shapes
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "class": ("the {noun}", "{noun}", "the {noun} in the video"),
     "colour_class": ("the {colour} {noun}", "{colour} {noun}", "the {noun} that is {colour}"),
-    "colour": ("the {colour} one", "the {colour} object", "the {colour} thing", "the object that is {colour}"),
+    "colour": ("the {colour} {head}", "the {head} that is {colour}"),
     "size": ("the {size} {head}", "{size} {head}", "the {head} that is {size}"),
     "position": ("the {position} {head}", "{position} {head}", "the {head} that is {position} at the start"),
     "ordinal": ("the {ordinal} {head} from the {side}", "{ordinal} {head} from the {side}"),
@@ -94,5 +96,6 @@ def words_of(texts) -> set[str]:
 def expression_words() -> set[str]:
     forms = [form for forms in (*TEMPLATES.values(), *SYNONYMS.values()) for form in forms]
     events = [form for forms in EVENTS.values() for pair in forms for form in pair]
-    names = (*NOUNS, *PLURALS.values(), *COLOURS, *SIZES, *POSITIONS, *SIDES, *ORDINALS, *NUMBERS, "object", "objects")
-    return words_of(forms) | words_of(events) | set(names)
+    names = (*NOUNS, *PLURALS.values(), *COLOURS, *ANY_SHAPE, "objects")
+    attributes = (*SIZES, *POSITIONS, *SIDES, *ORDINALS, *NUMBERS)
+    return words_of(forms) | words_of(events) | set(names) | set(attributes)
