@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 # name: colour and noun that one object must have, beside another object with the same noun
 EXAMPLES = {"shapes": ("red", "ring"), "stars": ("green", "star")}
-WORLD = replace(PRESETS["easy"], height=256, width=256, num_frames=32, min_objects=3)
+WORLD = replace(PRESETS["shapes"], height=256, width=256, num_frames=32, min_objects=3)
 
 
 def find_clip(colour: str, noun: str) -> SyntheticClip:

@@ -40,7 +40,10 @@ from .pretrain_towers import patch_owner, spatial_input, temporal_input
 from .tiny_tokenizer import ANSWER
 
 # questions whose answer depends on the first frame or on the whole clip, not on how the object looks in a frame
-FIRST_FRAME_KINDS = ("position", "relation", "motion")
+FIRST_FRAME_KINDS = ("position", "ordinal", "relation", "motion", "speed", "event", "meeting")
+
+# of these, the ones that no single frame answers
+MOVING_KINDS = ("motion", "speed", "event", "meeting")
 
 
 @dataclass
@@ -253,7 +256,7 @@ def language_step(
     frame = 0 if rng.random() < 0.8 else int(rng.integers(world.num_frames))
     kinds = tuple(kind for kind in world.kinds if frame == 0 or kind not in FIRST_FRAME_KINDS)
     if not with_video:
-        kinds = tuple(kind for kind in kinds if kind != "motion")
+        kinds = tuple(kind for kind in kinds if kind not in MOVING_KINDS)
     boxes = true_boxes(batch, frame)
     # what only the video tells is learned last: ask for it most
     questions = draw_questions(side, batch, per_clip, rng, kinds, favoured="motion" if with_video else None)

@@ -134,14 +134,18 @@ def _owners(clip: SyntheticClip, index: np.ndarray, t: int) -> PatchOwners:
 
 
 def _targets(owners: list[PatchOwners], name: str, words: tuple[str, ...] | None) -> torch.Tensor:
-    """Word index, or box, of the owner of each patch. An object that turned at a wall has no direction."""
+    """Word index, or box, of the owner of each patch. An object that turned, or moved only for a while, has no
+    direction.
+    """
     rows = []
     for owner in owners:
         if words is None:
             values = np.concatenate([owner.boxes, np.full((1, 4), np.nan)]).astype(np.float32)
         else:
             values = [
-                BACKGROUND if name == "direction" and item.bounces else words.index(getattr(item, name))
+                BACKGROUND
+                if name == "direction" and (item.bounces or item.action != "straight")
+                else words.index(getattr(item, name))
                 for item in owner.objects
             ]
             values = np.array([*values, BACKGROUND])

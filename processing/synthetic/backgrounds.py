@@ -1,12 +1,19 @@
-"""Backgrounds without nameable things: built once, then cropped, flipped and tinted for each clip."""
+"""Backgrounds without nameable things, drawn or photographed: made once, then cropped and tinted for each clip."""
 
 from __future__ import annotations
 
 from functools import lru_cache
 
 import numpy as np
+from PIL import Image
 
-POOL_SIZE = 96
+from .sprites import ASSETS
+
+POOL_SIZE = 96  # of drawn and of photographic backgrounds each
+TEXTURE_SIDE = 256  # of each photograph in assets/textures.jpg, in pixels
+TEXTURES = (
+    "brick", "grass", "gravel", "wood", "rock", "soil", "meadow", "clouds", "paving", "floor", "warehouse", "street",
+)  # fmt: skip
 NOISE_LEVELS = (0.0, 1.5, 3.0)  # standard deviation of the noise of each frame, in grey levels
 MAX_NOISE = 10
 MAX_TINT = 12
@@ -57,9 +64,9 @@ def _clutter(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     return np.tanh(12 * (patches - 0.25)) * tone
 
 
-@lru_cache(maxsize=POOL_SIZE)
-def _texture(index: int, height: int, width: int) -> np.ndarray:
-    """Number ``index`` of the pool: (height, 3 * width) uint8, interleaved RGB."""
+@lru_cache(maxsize=4 * POOL_SIZE)
+def _drawing(index: int, height: int, width: int) -> np.ndarray:
+    """Number ``index`` of the drawn pool: (height, 3 * width) uint8, interleaved RGB."""
     rng = np.random.default_rng([7, index])
     picture = np.full((height, width, 3), rng.uniform(95, 155))
     picture += rng.uniform(-10, 10, 3)
@@ -72,10 +79,36 @@ def _texture(index: int, height: int, width: int) -> np.ndarray:
     return np.clip(picture, *_TEXTURE_RANGE).astype(np.uint8).reshape(height, 3 * width)
 
 
-def random_background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """A background of (height, 3 * width) uint8, interleaved RGB, with values in 50..200."""
+@lru_cache(maxsize=4 * POOL_SIZE)
+def _photograph(index: int, height: int, width: int) -> np.ndarray:
+    """Number ``index`` of the photographic pool: a cut, scaled and toned texture, as ``_drawing``."""
+    rng = np.random.default_rng([9, index])
+    left = index % len(TEXTURES) * TEXTURE_SIDE
+    scale = rng.uniform(0.5, 1.0) * TEXTURE_SIDE / max(height, width)
+    cut_width, cut_height = scale * width, scale * height
+    x, y = left + rng.uniform(0, TEXTURE_SIDE - cut_width), rng.uniform(0, TEXTURE_SIDE - cut_height)
+    cut = _textures().resize((width, height), Image.Resampling.BICUBIC, (x, y, x + cut_width, y + cut_height))
+    contrast, middle = rng.uniform(0.2, 0.4), rng.uniform(105, 145)
+    colour = 1 + rng.uniform(-0.14, 0.14, 3)
+    picture = (middle + (np.asarray(cut, float) - 128)[..., None] * contrast) * colour
+    return np.clip(picture, *_TEXTURE_RANGE).astype(np.uint8).reshape(height, 3 * width)
+
+
+@lru_cache(maxsize=1)
+def _textures() -> Image.Image:
+    with Image.open(ASSETS / "textures.jpg") as picture:
+        return picture.convert("L")
+
+
+def random_background(rng: np.random.Generator, height: int, width: int, photographs: float) -> np.ndarray:
+    """A background of (height, 3 * width) uint8, interleaved RGB, with values in 50..200.
+
+    Args:
+        photographs: probability of a photographic texture.
+    """
     spare_y, spare_x = max(8, height // 4), max(8, width // 4)
-    texture = _texture(int(rng.integers(POOL_SIZE)), height + spare_y, width + spare_x)
+    source = _photograph if rng.random() < photographs else _drawing
+    texture = source(int(rng.integers(POOL_SIZE)), height + spare_y, width + spare_x)
     top, left = int(rng.integers(spare_y)), int(rng.integers(spare_x))
     picture = texture[top : top + height, 3 * left : 3 * (left + width)]
     if rng.random() < 0.5:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from .shapes import SHAPES
 from .sprites import COLOURS, NOUNS
 
 # Pairs that no object has unless WorldConfig.new_pairs asks for them: they test whether words are combined.
@@ -18,6 +19,22 @@ HELD_OUT_PAIRS = (
     ("diamond", "red"),
     ("arrow", "purple"),
     ("house", "blue"),
+    ("cat", "green"),
+    ("elephant", "orange"),
+    ("turtle", "purple"),
+    ("fish", "yellow"),
+    ("owl", "red"),
+    ("butterfly", "white"),
+    ("car", "black"),
+    ("train", "orange"),
+    ("plane", "green"),
+    ("banana", "blue"),
+    ("mushroom", "purple"),
+    ("umbrella", "red"),
+    ("key", "white"),
+    ("guitar", "black"),
+    ("shoe", "yellow"),
+    ("tree", "blue"),
 )
 
 # Length of an object's longest side, as a share of the picture's short side (18-22 and 32-38 px at 128 px).
@@ -27,8 +44,14 @@ DIRECTIONS = {"still": (0, 0), "left": (-1, 0), "right": (1, 0), "up": (0, -1), 
 # Speed in short sides per second (1.5-2.5 and 4-6 px per frame at 128 px and 8 frames per second).
 SPEEDS = {"slow": (1.5 / 16, 2.5 / 16), "fast": (4 / 16, 6 / 16)}
 
-SINGLE_TARGET_KINDS = ("class", "colour_class", "colour", "size", "position", "motion", "relation")
-KINDS = (*SINGLE_TARGET_KINDS, "multi", "none")
+# Kinds of expressions that the easy presets ask: one target, which looks, lies or moves in some way.
+SINGLE_TARGET_KINDS = ("class", "colour_class", "colour", "size", "position", "motion", "relation", "speed")
+KINDS = (*SINGLE_TARGET_KINDS, "multi", "none", "ordinal", "event", "meeting")
+
+MOST_OBJECTS = 8  # the words count no further
+
+# (height, width) in pixels, for data at more than one resolution.
+RESOLUTIONS = ((128, 128), (128, 192), (192, 128), (160, 160), (144, 256), (192, 192), (256, 192), (256, 256))
 
 
 @dataclass(frozen=True)
@@ -52,11 +75,16 @@ class WorldConfig:
     same_colour: float = 0.3  # the same for the colour
     always_same_noun: bool = False  # the first two objects of every clip share their noun
     still: float = 0.25  # probability that an object does not move
-    edge: float = 0.35  # probability of a thin dark or light edge
+    turn: float = 0.0  # probability that a moving object turns around
+    stop: float = 0.0  # probability that a moving object stops
+    start: float = 0.0  # probability that a moving object stands still at first
+    edge: float = 0.35  # probability of a thin dark or light edge around a shape
     bounce: bool = True  # turn at the walls (needed in long clips) instead of leaving the picture
     crossing: float = 0.0  # probability that the first two objects meet and overlap
     late_entry: float = 0.0  # probability that one object enters after the first frame
+    leaving: float = 0.0  # probability that one object leaves before the last frame
     occluder: float = 0.0  # probability of a bar that hides a moving object for a while, where the paths allow one
+    photographs: float = 0.5  # probability of a photographic texture in the background
     new_pairs: bool = False  # show one of HELD_OUT_PAIRS, with distractors of its noun and of its colour
     kinds: tuple[str, ...] = SINGLE_TARGET_KINDS  # kinds of expressions that are asked about the clips
 
@@ -71,9 +99,13 @@ class WorldConfig:
                 f"these settings need {fewest} <= min_objects <= max_objects, "
                 f"got {self.min_objects} and {self.max_objects}"
             )
-        for name in ("same_noun", "same_colour", "still", "edge", "crossing", "late_entry", "occluder"):
+        if self.max_objects > MOST_OBJECTS:
+            raise ValueError(f"max_objects is at most {MOST_OBJECTS}, which is what the words can count to")
+        for name in _PROBABILITIES:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a probability between 0 and 1, got {getattr(self, name)}")
+        if self.turn + self.stop + self.start > 1:
+            raise ValueError(f"turn + stop + start is at most 1, got {self.turn} + {self.stop} + {self.start}")
         for name, known in (("nouns", NOUNS), ("colours", COLOURS), ("sizes", SIZES), ("kinds", KINDS)):
             words = getattr(self, name)
             if not words or not set(words) <= set(known):
@@ -88,7 +120,7 @@ class WorldConfig:
     @property
     def known_pairs(self) -> list[tuple[str, str]]:
         """(noun, colour) pairs that may appear in every clip."""
-        return [(n, c) for n in self.nouns for c in self.colours if (n, c) not in HELD_OUT_PAIRS]
+        return [(n, c) for n in self.nouns for c in self.colours if (n, c) not in _HELD_OUT]
 
     @property
     def unseen_pairs(self) -> list[tuple[str, str]]:
@@ -96,17 +128,51 @@ class WorldConfig:
         return [(n, c) for n, c in HELD_OUT_PAIRS if n in self.nouns and c in self.colours]
 
 
+_HELD_OUT = frozenset(HELD_OUT_PAIRS)
+_PROBABILITIES = (
+    "same_noun", "same_colour", "still", "turn", "stop", "start", "edge", "crossing", "late_entry", "leaving",
+    "occluder", "photographs",
+)  # fmt: skip
+
+_EASY = WorldConfig()
 PRESETS = {
-    "easy": WorldConfig(),
+    "easy": _EASY,
+    # The world in which the first sparrow-tiny was trained: no emoji, no photographs, only words of that time.
+    "shapes": replace(
+        _EASY,
+        nouns=SHAPES,
+        photographs=0.0,
+        kinds=tuple(kind for kind in SINGLE_TARGET_KINDS if kind != "speed"),
+    ),
     "hard": WorldConfig(
         num_frames=16,  # two seconds: time to vanish behind something and to come back
         min_objects=3,
         max_objects=5,
         always_same_noun=True,
         still=0.15,
+        turn=0.15,
+        stop=0.12,
+        start=0.12,
         crossing=0.6,
         late_entry=0.4,
-        occluder=0.7,
+        leaving=0.3,
+        occluder=0.6,
+        photographs=0.7,
+        kinds=KINDS,
+    ),
+    "new_words": replace(_EASY, new_pairs=True, min_objects=3, kinds=("colour_class",)),
+    "train": WorldConfig(
+        min_objects=2,
+        max_objects=5,
+        same_noun=0.6,
+        still=0.2,
+        turn=0.12,
+        stop=0.12,
+        start=0.12,
+        crossing=0.35,
+        late_entry=0.25,
+        leaving=0.2,
+        occluder=0.3,
         kinds=KINDS,
     ),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -12,11 +13,12 @@ from .world import SyntheticClip, generate_clip
 
 # Preset and number of records. The order of the splits is part of their seeds.
 _SPLITS = {
-    "train": ("easy", 1_000_000),
-    "validation": ("easy", 512),
+    "train": ("train", 1_000_000),
+    "validation": ("train", 512),
     "test-easy": ("easy", 512),
     "test-hard": ("hard", 512),
-    "test-new-words": ("easy", 512),
+    "test-new-words": ("new_words", 512),
+    "test-shapes": ("shapes", 512),
 }
 SPLITS = tuple(_SPLITS)
 _MAX_ATTEMPTS = 256
@@ -46,6 +48,7 @@ class SyntheticVideos:
 
     Records are dicts:
         id (str), seed (int): of the clip;
+        clip: the ``SyntheticClip``;
         frames (T, H, W, 3) uint8, masks (N, T, H, W) bool, boxes and full_boxes (N, T, 4) float32 xyxy pixels: see
             ``SyntheticClip``;
         objects: list of N ``SyntheticObject``;
@@ -60,12 +63,20 @@ class SyntheticVideos:
         config: the world; by default the preset that belongs to the split.
         size: number of records; by default 512, and a million for ``train``.
         seed: another seed (below 65,536) gives other clips of the same split; published figures use 0.
+        resolutions: (height, width) pixels that take turns; by default that of the config.
 
     Raises:
         ValueError: for an unknown split, or a config with ``new_pairs`` for another split than ``test-new-words``.
     """
 
-    def __init__(self, split: str, config: WorldConfig | None = None, size: int | None = None, seed: int = 0):
+    def __init__(
+        self,
+        split: str,
+        config: WorldConfig | None = None,
+        size: int | None = None,
+        seed: int = 0,
+        resolutions: Sequence[tuple[int, int]] | None = None,
+    ):
         split_seed(split, 0, seed)  # checks both
         preset, default_size = _SPLITS[split]
         self.split = split
@@ -83,6 +94,8 @@ class SyntheticVideos:
             )
         elif self.config.new_pairs:
             raise ValueError(f"split {split!r} must not show HELD_OUT_PAIRS: use a config without new_pairs")
+        sizes = [(self.config.height, self.config.width)] if resolutions is None else resolutions
+        self.configs = [replace(self.config, height=height, width=width) for height, width in sizes]
 
     def __len__(self) -> int:
         return self.size
@@ -91,14 +104,15 @@ class SyntheticVideos:
         if not 0 <= index < self.size:
             raise IndexError(f"record {index} of {self.size}")
         kind = self.config.kinds[index % len(self.config.kinds)]
+        config = self.configs[index // len(self.config.kinds) % len(self.configs)]
         for attempt in range(_MAX_ATTEMPTS):
-            clip = generate_clip(split_seed(self.split, index, self.seed, attempt), self.config)
+            clip = generate_clip(split_seed(self.split, index, self.seed, attempt), config)
             rng = np.random.default_rng([clip.seed, 1])
             expressions = all_expressions(clip, rng)
             suitable = [expression for expression in expressions if self._suits(expression, kind, clip)]
             if suitable:
                 return self._record(index, clip, suitable[int(rng.integers(len(suitable)))], expressions)
-        raise RuntimeError(f"no clip of {_MAX_ATTEMPTS} allows an expression of kind {kind!r} with {self.config}")
+        raise RuntimeError(f"no clip of {_MAX_ATTEMPTS} allows an expression of kind {kind!r} with {config}")
 
     def _suits(self, expression: Expression, kind: str, clip: SyntheticClip) -> bool:
         if self.split == "test-new-words":
@@ -110,6 +124,7 @@ class SyntheticVideos:
         return {
             "id": f"{self.split}-{index:06d}",
             "seed": clip.seed,
+            "clip": clip,
             "frames": clip.frames,
             "masks": clip.masks,
             "boxes": clip.boxes,

@@ -13,6 +13,7 @@ from .config import DIRECTIONS, HELD_OUT_PAIRS, SIZES, SPEEDS, WorldConfig
 _Item = TypeVar("_Item")
 _PLACEMENTS = 8  # random positions tried before the least crowded one is taken
 _OPPOSITE = {0: ("right", "left"), 1: ("down", "up")}  # by axis: 0 is x, 1 is y
+_STILL_TARGET = 0.35  # share of crossings in which one object waits for the other
 
 
 @dataclass
@@ -21,9 +22,11 @@ class SyntheticObject:
 
     Attributes:
         noun, colour, size: words, see ``WorldConfig``.
-        direction: one of ``DIRECTIONS``; where the object moves before it first turns at a wall.
-        speed: pixels per frame, 0 for still objects.
+        direction: one of ``DIRECTIONS``; where the object moves before it first turns.
+        speed: pixels per frame while it moves, 0 for still objects.
         length: longest side of the shape before its slight rotation.
+        action: "straight", "turn", "stop" or "start": what a moving object does on its way.
+        action_at: share of the clip after which it turns, stops or starts.
         bounces: whether it turns at a wall within the clip.
         centres: (T, 2) float, x and y of the centre, y down.
     """
@@ -34,12 +37,14 @@ class SyntheticObject:
     direction: str
     speed: float
     length: int
+    action: str = "straight"
+    action_at: float = 0.0
     bounces: bool = False
     centres: np.ndarray = field(default_factory=lambda: np.zeros((0, 2)), repr=False)
 
     @property
     def velocity(self) -> tuple[float, float]:
-        """Pixels per frame along x and y, before the first turn at a wall."""
+        """Pixels per frame along x and y, before the first turn."""
         x, y = DIRECTIONS[self.direction]
         return x * self.speed, y * self.speed
 
@@ -47,6 +52,16 @@ class SyntheticObject:
     def axis(self) -> int:
         """The axis along which a moving object moves: 0 is x, 1 is y."""
         return 0 if self.direction in ("left", "right") else 1
+
+    def progress(self, num_frames: int) -> np.ndarray:
+        """(T,) distance from the start on each frame, in steps of ``speed``, if no wall is in the way."""
+        times = np.arange(num_frames, dtype=float)
+        change = round(self.action_at * (num_frames - 1))
+        if self.action == "turn":
+            return np.minimum(times, 2 * change - times)
+        if self.action == "stop":
+            return np.minimum(times, change)
+        return np.maximum(times - change, 0) if self.action == "start" else times
 
 
 @dataclass(frozen=True)
@@ -61,17 +76,17 @@ class Bar:
 def plan_scene(rng: np.random.Generator, config: WorldConfig) -> tuple[list[SyntheticObject], Bar | None]:
     """Choose the objects, from back to front, with their paths, and perhaps a bar that hides one for a while."""
     objects = _choose_objects(rng, config)
-    placed: list[SyntheticObject] = []
+    free = list(objects)
     if rng.random() < config.crossing:
-        _place_crossing(rng, objects[0], objects[1], config)
-        placed += objects[:2]
-    if rng.random() < config.late_entry and len(objects) > len(placed):
-        _place_late_entry(rng, objects[-1], config)
-        placed.append(objects[-1])
-    for thing in objects:
-        if not len(thing.centres):
-            _place_freely(rng, thing, placed, config)
-            placed.append(thing)
+        _place_crossing(rng, free.pop(0), free.pop(0), config)
+    if rng.random() < config.late_entry and free:
+        _place_at_edge(rng, free.pop(), config, enters=True)
+    if rng.random() < config.leaving and free:
+        _place_at_edge(rng, free.pop(), config, enters=False)
+    placed = [thing for thing in objects if len(thing.centres)]
+    for thing in free:
+        _place_freely(rng, thing, placed, config)
+        placed.append(thing)
     bar = _choose_bar(rng, objects, config) if rng.random() < config.occluder else None
     return [objects[i] for i in rng.permutation(len(objects))], bar
 
@@ -85,11 +100,24 @@ def _choose_objects(rng: np.random.Generator, config: WorldConfig) -> list[Synth
     for noun, colour in _choose_pairs(rng, config):
         size = _pick(rng, config.sizes)
         length = round(rng.uniform(*SIZES[size]) * config.short_side)
-        direction, speed = "still", 0.0
+        thing = SyntheticObject(noun, colour, size, "still", 0.0, length)
         if rng.random() >= config.still:
-            direction, speed = _pick(rng, ("left", "right", "up", "down")), _choose_speed(rng, config)
-        objects.append(SyntheticObject(noun, colour, size, direction, speed, length))
+            thing.direction = _pick(rng, ("left", "right", "up", "down"))
+            _choose_action(rng, thing, config)
+        objects.append(thing)
     return objects
+
+
+def _choose_action(rng: np.random.Generator, thing: SyntheticObject, config: WorldConfig) -> None:
+    """What a moving object does on its way, and how fast it is."""
+    draw = rng.random()
+    for action in ("turn", "stop", "start"):
+        draw -= getattr(config, action)
+        if draw < 0:
+            thing.action, thing.action_at = action, rng.uniform(0.35, 0.65)
+            thing.speed = _choose_speed(rng, config, "fast")  # slow ones would not come far enough to be seen moving
+            return
+    thing.speed = _choose_speed(rng, config)
 
 
 def _choose_pairs(rng: np.random.Generator, config: WorldConfig) -> list[tuple[str, str]]:
@@ -127,25 +155,29 @@ def _room(thing: SyntheticObject, axis: int, config: WorldConfig) -> tuple[float
     return thing.length / 2, _side(axis, config) - thing.length / 2
 
 
-def _follow(thing: SyntheticObject, start: tuple[float, float], config: WorldConfig) -> None:
-    """Fill in the path from ``start`` (x, y): straight, turning at the walls if the config says so.
+def _follow(thing: SyntheticObject, start: tuple[float, float], config: WorldConfig, through: bool = False) -> None:
+    """Fill in the path from ``start`` (x, y), turning at the walls if the config says so.
 
     The wall that lies behind the object at the start does not hold it back, so that it can enter from outside.
+
+    Args:
+        through: no wall holds the object: it leaves the picture.
     """
     thing.centres = np.empty((config.num_frames, 2))
     thing.centres[:] = start
     if not thing.speed:
         return
     axis = thing.axis
-    step = thing.velocity[axis]
+    sign = np.sign(thing.velocity[axis])
     lowest, highest = _room(thing, axis, config)
-    gone = start[axis] - lowest if step > 0 else highest - start[axis]  # distance from the wall behind
-    gone = gone + abs(step) * np.arange(config.num_frames)
+    behind = start[axis] - lowest if sign > 0 else highest - start[axis]  # distance from the wall behind
+    gone = behind + thing.speed * thing.progress(config.num_frames)
     span = highest - lowest
-    if config.bounce and gone[-1] > span:
+    if config.bounce and not through and (gone.max() > span or gone.min() < min(behind, 0)):
         thing.bounces = True
-        gone = np.where(gone > span, span - np.abs(gone % (2 * span) - span), gone)
-    thing.centres[:, axis] = lowest + gone if step > 0 else highest - gone
+        outside = (gone > span) | (gone < min(behind, 0))
+        gone = np.where(outside, span - np.abs(gone % (2 * span) - span), gone)
+    thing.centres[:, axis] = lowest + gone if sign > 0 else highest - gone
 
 
 def _place_freely(
@@ -153,11 +185,13 @@ def _place_freely(
 ) -> None:
     """Start where the object stays in view, if the clip is short enough, and away from others on the first frame."""
     ranges = []
+    progress = thing.progress(config.num_frames)
     for axis, step in enumerate(thing.velocity):
         lowest, highest = _room(thing, axis, config)
-        travel = step * (config.num_frames - 1)
-        fits = abs(travel) <= highest - lowest  # a longer path turns at a wall wherever it starts
-        ranges.append((lowest - min(travel, 0), highest - max(travel, 0)) if fits else (lowest, highest))
+        travel = step * progress
+        room = (lowest - travel.min(), highest - travel.max())
+        fits = room[0] <= room[1]  # a longer path turns at a wall wherever it starts
+        ranges.append(room if fits else (lowest, highest))
     (left, right), (top, bottom) = ranges
     others = [(*other.centres[0].tolist(), (thing.length + other.length) / 2) for other in placed]
     best, widest = None, -np.inf
@@ -174,16 +208,20 @@ def _place_freely(
 def _place_crossing(
     rng: np.random.Generator, one: SyntheticObject, other: SyntheticObject, config: WorldConfig
 ) -> None:
-    """Let two objects come from opposite sides and overlap near the middle of the clip."""
+    """Let two objects come from opposite sides, or one come to another that waits, and overlap in mid-clip."""
     axis = int(rng.integers(2))
     side = _side(axis, config)
     one.direction, other.direction = _OPPOSITE[axis]
+    one.action = other.action = "straight"
     half = max(one.length, other.length) / 2
     # slow ones would still overlap at the start
     one.speed, other.speed = _choose_speed(rng, config, "fast"), _choose_speed(rng, config, "fast")
+    if rng.random() < _STILL_TARGET:
+        other.direction, other.speed = "still", 0.0
     # Frames for which both stay in view, if they start at the walls: a long clip only begins with the crossing.
     last = min(config.num_frames - 1, (side - 2 * half) / max(one.speed, other.speed))
-    meeting = rng.uniform(0.35, 0.65) * last
+    apart = (one.length + other.length) / 2 / (one.speed + other.speed)  # frames until they touch, if centres meet
+    meeting = min(max(rng.uniform(0.35, 0.65) * last, 1.1 * apart), last)
     lowest = half + max(one.speed * meeting, other.speed * (last - meeting))
     highest = side - half - max(other.speed * meeting, one.speed * (last - meeting))
     place = rng.uniform(lowest, highest) if lowest < highest else (lowest + highest) / 2
@@ -196,14 +234,23 @@ def _place_crossing(
         _follow(thing, (along, beside) if axis == 0 else (beside, along), config)
 
 
-def _place_late_entry(rng: np.random.Generator, thing: SyntheticObject, config: WorldConfig) -> None:
-    """Let an object enter through a side of the picture after the first frame."""
+def _place_at_edge(rng: np.random.Generator, thing: SyntheticObject, config: WorldConfig, enters: bool) -> None:
+    """Let an object enter through a side of the picture after the first frame, or leave before the last one."""
     thing.direction, thing.speed = _pick(rng, ("left", "right", "up", "down")), _choose_speed(rng, config, "fast")
-    distance = thing.length / 2 + thing.speed * rng.uniform(0.15, 0.45) * (config.num_frames - 1)
+    thing.action = "straight"
+    side = _side(thing.axis, config)
+    last = config.num_frames - 1
+    if enters:
+        along = -thing.length / 2 - thing.speed * rng.uniform(0.15, 0.45) * last
+    else:
+        # The object is wholly outside this share of the clip before its end; from inside at the start.
+        frames_left = rng.uniform(0.1, 0.35) * last
+        along = side + thing.length / 2 + thing.speed * (frames_left - last)
+        along = max(along, thing.length / 2)
     forwards = thing.direction in ("right", "down")
     start = [rng.uniform(*_room(thing, axis, config)) for axis in (0, 1)]
-    start[thing.axis] = -distance if forwards else _side(thing.axis, config) + distance
-    _follow(thing, tuple(start), config)
+    start[thing.axis] = along if forwards else side - along
+    _follow(thing, tuple(start), config, through=not enters)
 
 
 def _choose_bar(rng: np.random.Generator, objects: list[SyntheticObject], config: WorldConfig) -> Bar | None:

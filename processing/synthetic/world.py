@@ -1,4 +1,4 @@
-"""The generated world: named, coloured shapes that move over a background, with exact masks and boxes."""
+"""The generated world: named, coloured things that move over a background, with exact masks and boxes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import numpy as np
 
 from .backgrounds import NOISE_LEVELS, noise_bank, random_background
 from .config import WorldConfig
+from .emoji import EMOJI
 from .scene import Bar, SyntheticObject, plan_scene
-from .sprites import ANGLES, COLOURS, Sprite, rasterise
+from .sprites import ANGLES, COLOURS, DARKEST, LIGHTEST, Sprite, rasterise, tones
 
 _MAX_LIGHT = 6  # largest change of brightness of a whole frame, in grey levels
 _MAX_SHADE = 14  # largest difference of an object's colour from the named colour, in grey levels
@@ -27,6 +28,7 @@ class SyntheticClip:
         full_boxes: (N, T, 4) float32, the same around the whole shape, even where it is hidden or outside the picture.
         visibility: (N, T) float32, visible share of each shape's pixels.
         objects: N descriptions.
+        bar: what hides objects for a while, if there is one.
     """
 
     seed: int
@@ -37,6 +39,7 @@ class SyntheticClip:
     full_boxes: np.ndarray
     visibility: np.ndarray
     objects: list[SyntheticObject]
+    bar: Bar | None = None
 
     @property
     def num_objects(self) -> int:
@@ -57,11 +60,11 @@ def generate_clip(seed: int, config: WorldConfig) -> SyntheticClip:
     paints = [_paint(rng, thing, sprite, config) for thing, sprite in zip(objects, sprites, strict=True)]
     frames, masks = _draw(rng, sprites, paints, full_boxes, config)
     if bar is not None:
-        _draw_bar(rng, bar, frames, masks)
+        _draw_bar(rng, bar, frames, masks, config)
     _add_light_and_noise(rng, frames)
     frames = frames.reshape(config.num_frames, config.height, config.width, 3)
     boxes, visibility = _visible_boxes(masks, full_boxes, sprites)
-    return SyntheticClip(seed, config, frames, masks, boxes, full_boxes.astype(np.float32), visibility, objects)
+    return SyntheticClip(seed, config, frames, masks, boxes, full_boxes.astype(np.float32), visibility, objects, bar)
 
 
 def _place_sprite(thing: SyntheticObject, sprite: Sprite) -> np.ndarray:
@@ -72,14 +75,16 @@ def _place_sprite(thing: SyntheticObject, sprite: Sprite) -> np.ndarray:
 
 
 def _paint(rng: np.random.Generator, thing: SyntheticObject, sprite: Sprite, config: WorldConfig) -> np.ndarray:
-    """Colour the sprite, with a random shade and perhaps a thin edge; see ``Sprite.paint``."""
+    """Colour the sprite, with a random shade and, if it is a shape, perhaps a thin edge; see ``Sprite.paint``."""
     shade, *tints = rng.integers(-_MAX_SHADE, _MAX_SHADE + 1, 4).tolist()
-    colour = [value + shade + tint // 2 for value, tint in zip(COLOURS[thing.colour], tints, strict=True)]
-    edge = colour
-    if rng.random() < config.edge:
-        edge = [0.4 * value for value in colour] if rng.random() < 0.5 else [(value + 470) / 3 for value in colour]
-    colour, edge = (np.array([min(max(int(v), 20), 235) for v in rgb], np.uint16) for rgb in (colour, edge))
-    return sprite.paint(colour, edge)
+    body = [value + shade + tint // 2 for value, tint in zip(COLOURS[thing.colour], tints, strict=True)]
+    shadow, highlight = body, body
+    if thing.noun in EMOJI:
+        shadow, highlight = tones(body)
+    elif rng.random() < config.edge:
+        shadow = [0.4 * value for value in body] if rng.random() < 0.5 else [(value + 470) / 3 for value in body]
+    limited = ([min(max(int(value), DARKEST), LIGHTEST) for value in rgb] for rgb in (body, shadow, highlight))
+    return sprite.paint(*(np.array(rgb, np.uint16) for rgb in limited))
 
 
 def _draw(
@@ -92,7 +97,7 @@ def _draw(
     """Paste the sprites onto a background, the last in front: frames (T, H, 3 * W) and masks (N, T, H, W)."""
     height, width = config.height, config.width
     frames = np.empty((config.num_frames, height, 3 * width), np.uint8)  # interleaved: long rows are fast to blend
-    frames[:] = random_background(rng, height, width)
+    frames[:] = random_background(rng, height, width, config.photographs)
     masks = np.zeros((len(sprites), config.num_frames, height, width), bool)
     for n, (sprite, paint) in enumerate(zip(sprites, paints, strict=True)):
         outside = ~sprite.mask
@@ -113,9 +118,9 @@ def _draw(
     return frames, masks
 
 
-def _draw_bar(rng: np.random.Generator, bar: Bar, frames: np.ndarray, masks: np.ndarray) -> None:
+def _draw_bar(rng: np.random.Generator, bar: Bar, frames: np.ndarray, masks: np.ndarray, config: WorldConfig) -> None:
     """Hide everything behind a bar that has a background of its own and dark borders, in place."""
-    picture = random_background(rng, *masks.shape[2:])
+    picture = random_background(rng, *masks.shape[2:], config.photographs)
     if bar.axis == 0:
         picture[:, 3 * bar.start : 3 * bar.start + 3] //= 2
         picture[:, 3 * bar.stop - 3 : 3 * bar.stop] //= 2

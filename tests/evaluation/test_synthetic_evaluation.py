@@ -168,7 +168,8 @@ def test_chance_is_low_enough_to_mean_something(monkeypatch):
 
     monkeypatch.setattr(synthetic, "ground_records", blank)
     numbers = evaluate_synthetic(None, None, "test-easy", clips=70, batch_size=50)
-    assert numbers["chance"] <= 0.40 and numbers["right_object"] == numbers["j"] == 0.0
+    assert numbers["chance"] <= 0.40 and numbers["right_object"] == 0.0
+    assert numbers["j"] < 0.01  # right only where another object hides the target wholly
     assert set(numbers["by_kind"]) == set(SINGLE_TARGET_KINDS)
     assert sum(kind["clips"] for kind in numbers["by_kind"].values()) == 70
 
@@ -189,7 +190,7 @@ def test_another_seed_gives_other_clips_and_the_same_seed_the_same(loaded):
 
 def test_a_model_that_names_nothing(tmp_path):
     model, processor = load_model(str(save_checkpoint(tmp_path, "there is no such object .")), "cpu")
-    numbers = evaluate_synthetic(model, processor, "test-hard", clips=9, max_new_tokens=8)
+    numbers = evaluate_synthetic(model, processor, "test-hard", clips=len(KINDS), max_new_tokens=8)
     assert numbers["no_target_accuracy"] == 1.0 and numbers["multi_target_recall"] == 0.0
     assert numbers["right_object"] == 0.0 and numbers["by_kind"]["none"]["j"] == 1.0
 

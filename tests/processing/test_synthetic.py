@@ -13,24 +13,19 @@ import pytest
 from sparrow_processing.synthetic import (
     COLOURS,
     HELD_OUT_PAIRS,
-    KINDS,
-    NOUNS,
     PRESETS,
     SINGLE_TARGET_KINDS,
     SPLITS,
-    VOCABULARY,
     SyntheticVideos,
     WorldConfig,
     all_expressions,
     generate_clip,
     render_contact_sheet,
-    sample_expressions,
     split_seed,
 )
-from sparrow_processing.synthetic.backgrounds import _texture, noise_bank
+from sparrow_processing.synthetic.backgrounds import _drawing, _photograph, noise_bank
+from sparrow_processing.synthetic.emoji import EMOJI
 from sparrow_processing.synthetic.sprites import rasterise
-
-EVERY_KIND = {name: replace(config, kinds=KINDS) for name, config in PRESETS.items()}
 
 
 def content_hash(clip):
@@ -40,155 +35,16 @@ def content_hash(clip):
     return digest.hexdigest()
 
 
-# What a text means, worked out again from the words, the boxes and the attributes alone.
-
-
 def centres(clip):
     """(N, T, 2)"""
     return (clip.full_boxes[..., :2] + clip.full_boxes[..., 2:]) / 2
-
-
-def fitting(phrase, clip):
-    """Objects that a noun phrase fits: every word must hold."""
-    found = set(range(clip.num_objects))
-    for word in phrase.split():
-        word = {"little": "small", "big": "large", "crosses": "cross"}.get(word, word)
-        singular = word.removesuffix("s") if word.removesuffix("s") in NOUNS else word
-        if word in ("the", "that", "is", "in", "video", "object", "objects", "one", "shape"):
-            continue
-        assert word in COLOURS or singular in NOUNS or word in ("small", "large"), f"unexpected word {word!r}"
-        found &= {i for i, o in enumerate(clip.objects) if word in (o.colour, o.size) or singular == o.noun}
-    return found
-
-
-def moving(words, ids, clip):
-    """Objects of ``ids`` whose boxes move as the words say."""
-    path = centres(clip)
-    steps = np.diff(path, axis=1)
-    far = 5 / 128 * clip.config.short_side
-    axis, sign = {"left": (0, -1), "right": (0, 1), "up": (1, -1), "down": (1, 1)}.get(words, (0, 0))
-    if words == "still":
-        return {i for i in ids if not steps[i].any()}
-    if words == "moving":
-        return {i for i in ids if steps[i].any()}
-    if words == "fastest":
-        return {max(ids, key=lambda i: np.abs(steps[i]).sum())}
-    along = sign * steps[..., axis]
-    return {i for i in ids if (along[i] >= 0).all() and along[i].sum() >= far}
-
-
-def outermost(words, ids, clip):
-    axis, sign = {"leftmost": (0, -1), "rightmost": (0, 1), "topmost": (1, -1), "bottommost": (1, 1)}[words]
-    return {max(ids, key=lambda i: sign * centres(clip)[i, 0, axis])}
-
-
-def related(words, ids, anchor, clip):
-    start = centres(clip)[:, 0]
-    others = ids - {anchor}
-    if words in ("nearest to", "closest to"):
-        return {min(others, key=lambda i: np.linalg.norm(start[i] - start[anchor]))}
-    words = words.removeprefix("to the ")
-    sides = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1), "under": (1, 1)}
-    axis, sign = sides[words]
-    return {i for i in others if sign * (start[i, axis] - start[anchor, axis]) > 0}
-
-
-RELATION = (
-    r"(.+?) (?:that is )?(left of|to the left of|right of|to the right of|above|below|under|nearest to|closest to) "
-)
-POSITION = "leftmost|rightmost|topmost|bottommost"
-
-
-def meant(text, clip):
-    text = text.removeprefix("the ")
-    if match := re.fullmatch(RELATION + "the (.+)", text):
-        (anchor,) = fitting(match[3], clip)
-        return related(match[2], fitting(match[1], clip), anchor, clip)
-    if match := re.fullmatch(f"({POSITION}) (.+)", text):
-        return outermost(match[1], fitting(match[2], clip), clip)
-    if match := re.fullmatch(f"(.+) that is ({POSITION}) at the start", text):
-        return outermost(match[2], fitting(match[1], clip), clip)
-    if match := re.fullmatch(r"(?:(still|moving|fastest) )(.+)", text):
-        return moving(match[1], fitting(match[2], clip), clip)
-    if match := re.fullmatch(r"(.+) that (stays still|does not move)", text):
-        return moving("still", fitting(match[1], clip), clip)
-    if match := re.fullmatch(r"(.+) that moves( fastest)?", text):
-        return moving("fastest" if match[2] else "moving", fitting(match[1], clip), clip)
-    if match := re.fullmatch(r"(.+) (?:moving|that moves|going) (?:to the )?(left|right|up|down)(?:wards)?", text):
-        return moving(match[2], fitting(match[1], clip), clip)
-    return fitting(re.sub("^(both|the two|all|two) ", "", text), clip)
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_expressions_mean_their_targets(preset):
-    counts = Counter()
-    for seed in range(120):
-        clip = generate_clip(seed, EVERY_KIND[preset])
-        for expression in all_expressions(clip, np.random.default_rng(seed)):
-            assert meant(expression.text, clip) == set(expression.target_ids), (seed, expression)
-            assert expression.candidates == clip.num_objects
-            assert len(expression.target_ids) == {"multi": 2, "none": 0}.get(expression.kind, 1)
-            counts[expression.kind] += 1
-    assert set(counts) == set(KINDS)
-    assert min(counts.values()) > 60
-
-
-def test_expressions_keep_their_margins():
-    for seed in range(100):
-        clip = generate_clip(seed, PRESETS["easy"])
-        start = centres(clip)[:, 0]
-        for expression in all_expressions(clip, np.random.default_rng(seed)):
-            match = re.search(POSITION, expression.text)
-            if expression.kind == "position":
-                axis = 0 if match[0] in ("leftmost", "rightmost") else 1
-                phrase = re.sub(f"{POSITION}|at the start", "", expression.text)
-                rivals = fitting(phrase, clip) - set(expression.target_ids)
-                assert rivals  # the noun phrase alone is not enough
-                target = expression.target_ids[0]
-                assert min(abs(start[i, axis] - start[target, axis]) for i in rivals) >= 10
-
-
-def test_words_come_from_the_vocabulary():
-    assert len(VOCABULARY) < 120
-    assert list(VOCABULARY) == sorted(set(VOCABULARY))
-    used = set()
-    for seed in range(200):
-        clip = generate_clip(seed, EVERY_KIND["hard"])
-        for expression in all_expressions(clip, np.random.default_rng(seed)):
-            used.update(expression.text.split())
-    assert used <= set(VOCABULARY)
-    assert {"both", "nearest", "leftmost", "still", "fastest", "little"} <= used
-
-
-def test_only_the_configured_kinds_are_asked():
-    clip = generate_clip(3, replace(PRESETS["easy"], kinds=("colour", "none")))
-    assert {expression.kind for expression in all_expressions(clip, np.random.default_rng(0))} <= {"colour", "none"}
-    assert "multi" not in PRESETS["easy"].kinds
-    assert "none" not in PRESETS["easy"].kinds
-
-
-def test_single_frames_have_no_motion_questions():
-    config = WorldConfig(num_frames=1, kinds=("motion",))
-    assert not any(all_expressions(generate_clip(seed, config), np.random.default_rng(0)) for seed in range(30))
-
-
-def test_sample_expressions_draws_different_ones_over_the_kinds():
-    expressions = all_expressions(generate_clip(1, PRESETS["easy"]), np.random.default_rng(0))
-    drawn = sample_expressions(expressions, 6, np.random.default_rng(0))
-    assert len(drawn) == len({id(item) for item in drawn}) == 6
-    assert len(sample_expressions(expressions, 10_000, np.random.default_rng(0))) == len(expressions)
-    counts = Counter()
-    for seed in range(300):
-        counts[sample_expressions(expressions, 1, np.random.default_rng(seed))[0].kind] += 1
-    kinds = {item.kind for item in expressions}
-    assert all(0.5 < counts[kind] * len(kinds) / 300 < 1.6 for kind in kinds)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_clips_follow_from_seed_and_config(preset):
     config = PRESETS[preset]
     first = [content_hash(generate_clip(seed, config)) for seed in range(6)]
-    for cached in (rasterise, _texture, noise_bank):
+    for cached in (rasterise, _drawing, _photograph, noise_bank):
         cached.cache_clear()
     again = [content_hash(generate_clip(seed, config)) for seed in reversed(range(6))][::-1]
     assert first == again
@@ -235,16 +91,18 @@ def test_masks_and_boxes_agree(config):
 
 def test_masks_cover_pixels_of_the_named_colour():
     palette = np.array(list(COLOURS.values()))
-    seen = Counter()
-    for seed in range(60):
+    seen, right = Counter(), []
+    for seed in range(120):
         clip = generate_clip(seed, WorldConfig(num_frames=2, edge=0.0))
         for n, thing in enumerate(clip.objects):
             if clip.visibility[n, 0] > 0.5:
                 pixel = np.median(clip.frames[0][clip.masks[n, 0]], axis=0)
                 nearest = int(np.abs(palette - pixel).sum(axis=1).argmin())
-                assert list(COLOURS)[nearest] == thing.colour
+                right.append(list(COLOURS)[nearest] == thing.colour)
+                assert right[-1] or thing.noun in EMOJI
                 seen[thing.colour] += 1
     assert set(seen) == set(COLOURS)
+    assert np.mean(right) > 0.985  # a small emoji may be half shadow
 
 
 def test_light_and_noise_do_not_overflow():
@@ -330,8 +188,8 @@ def test_late_objects_are_absent_first_and_seen_later():
         late = np.flatnonzero(clip.visibility[:, 0] == 0)
         assert len(late) == 1
         assert clip.visibility[late[0]].max() > 0.4
-        kinds = {item.kind for item in all_expressions(clip, np.random.default_rng(0))}
-        assert not kinds & {"position", "relation"}  # they speak of a first frame that lacks an object
+        for item in all_expressions(clip, np.random.default_rng(0)):  # these speak of the first frame
+            assert late[0] not in item.target_ids or item.kind not in ("position", "ordinal", "relation")
 
 
 def test_occluders_hide_objects_for_a_while():
@@ -377,13 +235,6 @@ def test_splits_share_no_clip_and_hide_held_out_pairs():
         shown = set(HELD_OUT_PAIRS) & set(pairs)
         assert shown == (set(HELD_OUT_PAIRS) if split == "test-new-words" else set())
     assert len(hashes) == 120 * len(SPLITS)
-
-
-def test_held_out_pairs_are_not_named_in_other_splits():
-    config = replace(PRESETS["easy"], kinds=("none",))
-    for seed in range(150):
-        for expression in all_expressions(generate_clip(seed, config), np.random.default_rng(seed)):
-            assert not any({noun, colour} <= set(expression.text.split()) for noun, colour in HELD_OUT_PAIRS)
 
 
 def test_new_words_need_both_words():
