@@ -31,7 +31,7 @@ SPLITS = {
     "ref-youtube-vos": ("valid", "train"),
     "vidstg": ("interrogative", "declarative"),
 }
-SYNTHETIC_SPLITS = ("test-easy", "test-hard", "test-new-words", "test-shapes", "validation")
+SYNTHETIC_SPLITS = ("test-easy", "test-hard", "test-new-words", "validation")
 VIDSTG_PROTOCOLS = {
     "moment": MOMENT_PROTOCOL,
     "moment-temporal": MOMENT_TEMPORAL_PROTOCOL,

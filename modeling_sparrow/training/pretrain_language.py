@@ -9,7 +9,7 @@ from the end of the clip, so the result equals one row per question.
 
 import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +37,7 @@ from ..region_proposer import RegionProposals
 from .loop import run_stage
 from .pretrain_segmenter import PixelSide, batch_clips, normalize_frames
 from .pretrain_towers import patch_owner, spatial_input, temporal_input
+from .tiny_model import WORLD
 from .tiny_tokenizer import ANSWER
 
 # questions whose answer depends on the first frame or on the whole clip, not on how the object looks in a frame
@@ -374,7 +375,7 @@ def train_language_stage(
 ):
     """Stages "text" and "visual": language model, token heads, filtration head; with video also the adapters."""
     torch.manual_seed(seed + (4 if with_video else 3))
-    world = replace(PRESETS["easy"], kinds=PRESETS["easy"].kinds)
+    world = PRESETS[WORLD]
     pixels = PixelSide(model, world)
     weights = output / "image.safetensors"
     _load_pixel_heads(pixels, weights)

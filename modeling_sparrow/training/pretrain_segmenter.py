@@ -21,7 +21,7 @@ from ..losses import mask_bce_loss, mask_dice_loss
 from ..mask_tracker import FrameMasks, MaskPrompt, TrackedObject
 from ..modeling_sparrow import SparrowForVideoGrounding
 from .loop import run_stage
-from .tiny_model import initialize_for_scratch
+from .tiny_model import WORLD, initialize_for_scratch
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
@@ -195,7 +195,7 @@ def evaluate_image(side: PixelSide, world: WorldConfig, seed: int, clips: int = 
 def train_image_stage(model: SparrowForVideoGrounding, output: Path, steps: int, clips: int = 16, seed: int = 0):
     """Stage "image": the whole pixel side on single frames."""
     torch.manual_seed(seed)
-    world = replace(PRESETS["easy"], occluder=0.15)
+    world = replace(PRESETS[WORLD], occluder=0.15)
     side = PixelSide(model, world)
     initialize_for_scratch(side)
     run_stage(
@@ -269,8 +269,8 @@ def evaluate_video(side: PixelSide, world: WorldConfig, seed: int, clips: int = 
 
 def train_video_stage(model: SparrowForVideoGrounding, output: Path, steps: int, clips: int = 8, seed: int = 0):
     """Stage "video": mask decoder, prompt encoder and memory; what makes the features is frozen."""
-    easy = PRESETS["easy"]
-    worlds = [easy, replace(PRESETS["hard"], num_frames=8)]
+    easy = PRESETS[WORLD]
+    worlds = [easy, replace(PRESETS["hard"], num_frames=8, nouns=easy.nouns, photographs=easy.photographs)]
     side = PixelSide(model, easy)
     side.requires_grad_(False)
     sam2 = side.mask_tracker.sam2

@@ -20,6 +20,7 @@ from sparrow_processing.synthetic import PRESETS, SyntheticClip, WorldConfig
 from ..modeling_sparrow import SparrowForVideoGrounding
 from .loop import run_stage
 from .pretrain_segmenter import batch_clips
+from .tiny_model import WORLD
 
 DIRECTIONS = ("still", "left", "right", "up", "down")
 BACKGROUND = -1  # patches without an object count for nothing
@@ -169,7 +170,7 @@ def evaluate_towers(side: TowerSide, world: WorldConfig, seed: int, clips: int =
 def train_tower_stage(model: SparrowForVideoGrounding, output: Path, steps: int, clips: int = 16, seed: int = 0):
     """Stage "towers": dense attributes, motion and boxes."""
     torch.manual_seed(seed + 2)
-    world = replace(PRESETS["easy"], still=0.2)
+    world = replace(PRESETS[WORLD], still=0.2)
     side = TowerSide(model, world)
     run_stage(
         "towers",

@@ -8,6 +8,7 @@ from torch import nn
 from ..configuration_sparrow import SparrowConfig
 
 IMAGE_SIZE = 128
+WORLD = "shapes"  # the generated world the model is trained on from scratch
 
 
 def sam2_settings(image_size: int = IMAGE_SIZE, hidden_size: int = 128) -> dict:

@@ -11,7 +11,7 @@ from modeling_sparrow.evaluation import synthetic
 from modeling_sparrow.evaluation.region_similarity import region_and_boundary
 from modeling_sparrow.evaluation.report import hash_checkpoint
 from modeling_sparrow.evaluation.synthetic import evaluate_synthetic, score_clip, summarise
-from sparrow_processing.synthetic import KINDS, SINGLE_TARGET_KINDS, SyntheticVideos
+from sparrow_processing.synthetic import KINDS, SyntheticVideos
 
 from .answering import save_checkpoint
 
@@ -170,7 +170,7 @@ def test_chance_is_low_enough_to_mean_something(monkeypatch):
     numbers = evaluate_synthetic(None, None, "test-easy", clips=70, batch_size=50)
     assert numbers["chance"] <= 0.40 and numbers["right_object"] == 0.0
     assert numbers["j"] < 0.01  # right only where another object hides the target wholly
-    assert set(numbers["by_kind"]) == set(SINGLE_TARGET_KINDS)
+    assert set(numbers["by_kind"]) == set(SyntheticVideos("test-easy").config.kinds)
     assert sum(kind["clips"] for kind in numbers["by_kind"].values()) == 70
 
 
