@@ -147,6 +147,42 @@ def proposal_loss(
     }
 
 
+def count_items(
+    config: SparrowConfig,
+    labels: torch.Tensor | None,
+    mask_labels: list[torch.Tensor],
+    box_labels: list[torch.Tensor] | None,
+    frames: list[list[int]],
+) -> dict[str, int]:
+    """By what each loss of a batch is divided, at least 1.
+
+    `ce_loss`: words of the answers. `mask_…`: masks that count. `filter_class_loss`: pairs of token and candidate
+    frame; `filter_box_loss`: those of them that show a target; in released training both are a mean over videos.
+
+    Args:
+        labels: `(B, L)`, -100 where ignored.
+        mask_labels: per video `(S, T, H, W)`.
+        box_labels: per video `(S, M, T, 4)` normalised xyxy; default the tight boxes of the masks.
+        frames: per video those the filter looks at.
+    """
+    counts = dict.fromkeys(LOSS_NAMES, 0)
+    if labels is not None:
+        counts["ce_loss"] = int((labels[:, 1:] != -100).sum())
+    for v, (masks, own) in enumerate(zip(mask_labels, frames, strict=True)):
+        masks = masks[: config.max_training_tokens]
+        num_masks = int(masks_that_count(config, masks).sum())
+        counts["mask_bce_loss"] += num_masks
+        counts["mask_dice_loss"] += num_masks
+        if config.filtration_config.variant == "released":
+            counts["filter_class_loss"] += len(masks) > 0
+            counts["filter_box_loss"] += len(masks) > 0
+            continue
+        targets = filter_targets(config, own, masks, None if box_labels is None else box_labels[v])
+        counts["filter_class_loss"] += len(masks) * len(own)
+        counts["filter_box_loss"] += int((~targets[: len(masks)].isnan().any(-1)).any(-1).sum())
+    return {name: max(count, 1) for name, count in counts.items()}
+
+
 def filter_losses(
     config: SparrowConfig,
     filtered: "list[FilteredFrame]",

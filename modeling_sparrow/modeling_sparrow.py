@@ -20,7 +20,7 @@ from transformers.utils import can_return_tuple
 from .configuration_sparrow import SparrowConfig
 from .filtration_head import FiltrationHead, FiltrationOutput, ReleasedFiltrationHead, select_boxes
 from .frame_pyramid import ClipPyramids, FramePyramid, FrameStream, TensorFrames, VideoPyramids
-from .losses import LOSS_NAMES, filter_losses, filter_targets, mask_losses, masks_that_count
+from .losses import LOSS_NAMES, count_items, filter_losses, mask_losses
 from .mask_tracker import NO_OBJECT_LOGIT, FrameMasks, MaskPrompt, MaskTracker, TrackedObject
 from .modeling_base import SparrowPreTrainedModel, grad_if_trainable, is_trainable
 from .modeling_outputs import (
@@ -345,26 +345,13 @@ class SparrowForVideoGrounding(SparrowPreTrainedModel, GenerationMixin):
         num_mask_frames: torch.Tensor | None = None,
         **inputs,
     ) -> dict[str, int]:
-        """By what each loss of a batch is divided, at least 1: words of the answers, masks, and pairs of token and
-        candidate frame, for boxes those that show a target. Arguments as in `forward`, others are ignored.
-        """
-        counts = dict.fromkeys(LOSS_NAMES, 0)
-        if labels is not None:
-            counts["ce_loss"] = int((labels[:, 1:] != -100).sum())
-        for v, masks in enumerate(mask_labels or []):
-            masks = masks[: self.config.max_training_tokens]
-            frames = self.candidate_frames(masks.shape[1] if num_mask_frames is None else int(num_mask_frames[v]))
-            num_masks = int(masks_that_count(self.config, masks).sum())
-            counts["mask_bce_loss"] += num_masks
-            counts["mask_dice_loss"] += num_masks
-            if self.config.filtration_config.variant == "released":  # a mean over videos
-                counts["filter_class_loss"] += len(masks) > 0
-                counts["filter_box_loss"] += len(masks) > 0
-                continue
-            targets = filter_targets(self.config, frames, masks, None if box_labels is None else box_labels[v])
-            counts["filter_class_loss"] += len(masks) * len(frames)
-            counts["filter_box_loss"] += int((~targets[: len(masks)].isnan().any(-1)).any(-1).sum())
-        return {name: max(count, 1) for name, count in counts.items()}
+        """By what each loss of a batch is divided, see `losses.count_items`; other inputs of `forward` are ignored."""
+        mask_labels = mask_labels or []
+        lengths = [masks.shape[1] for masks in mask_labels]
+        if num_mask_frames is not None and mask_labels:
+            lengths = num_mask_frames.tolist()
+        frames = [self.candidate_frames(length) for length in lengths]
+        return count_items(self.config, labels, mask_labels, box_labels, frames)
 
     def _locate_clips(
         self,
@@ -387,7 +374,7 @@ class SparrowForVideoGrounding(SparrowPreTrainedModel, GenerationMixin):
             filtered[v] = self._filter_frames(
                 queries, pyramid[[v * T + t for t in frames]], frames, clips.proposer_pixels(v)
             )
-            located[v] = self._choose(queries, filtered[v], at_least_one=True)
+            located[v] = self._choose(queries, filtered[v], at_least_one=self.training)
             if clips.original_sizes is not None:
                 size = tuple(clips.original_sizes[v].tolist())
                 self._apply_box_prior(located[v], pyramid[v * T : v * T + 1], size)
@@ -515,7 +502,7 @@ class SparrowForVideoGrounding(SparrowPreTrainedModel, GenerationMixin):
         """One frame and its boxes for each token.
 
         Args:
-            at_least_one: take the best box where none is good enough: `forward` gives a mask for every token.
+            at_least_one: take the best box where none is good enough, so that in training every mask has a gradient.
         """
         config = self.config.filtration_config
         located = []

@@ -1,14 +1,13 @@
-"""The command `sparrow train`."""
+"""The commands `sparrow train` and `sparrow ablate`."""
 
 import argparse
-import logging
+import shlex
+from pathlib import Path
 from typing import Any
-
-logger = logging.getLogger(__name__)
 
 
 def add_commands(commands: Any) -> None:
-    """Adds the command to the sub-parsers of `sparrow`."""
+    """Adds the commands to the sub-parsers of `sparrow`."""
     train = commands.add_parser("train", help="run a training stage")
     train.add_argument("config", help="YAML file of the stage, or the name of one that is shipped (tiny_filter)")
     train.add_argument(
@@ -20,6 +19,12 @@ def add_commands(commands: Any) -> None:
     _add_set(train)
     train.add_argument("--merge", default=None, metavar="DIR", help="also write the model with its adapter merged in")
     train.set_defaults(run=run_train)
+
+    ablation = commands.add_parser("ablate", help="repeat the paper's ablation of tracked features and boxes")
+    ablation.add_argument("config", help="YAML file, or the name of one that is shipped (tiny_ablation)")
+    _add_set(ablation)
+    ablation.add_argument("--table", default="docs/ablation.md", metavar="FILE", help="where the table goes")
+    ablation.set_defaults(run=run_ablate)
 
 
 def _add_set(parser: argparse.ArgumentParser) -> None:
@@ -42,4 +47,16 @@ def run_train(options: argparse.Namespace) -> int:
     final = train_stage(settings, options.resume)
     if options.merge is not None:
         merge_stage(final, options.merge)
+    return 0
+
+
+def run_ablate(options: argparse.Namespace) -> int:
+    """Runs the cells that are not finished and writes the table."""
+    from .ablation import AblationSettings, ablate, write_table
+    from .settings import read_settings
+
+    settings = read_settings(options.config, AblationSettings, options.set)
+    changes = [word for change in options.set for word in ("--set", change)]
+    command = shlex.join(["sparrow", "ablate", options.config, *changes, "--table", options.table])
+    write_table(settings, ablate(settings), command, Path(options.table))
     return 0

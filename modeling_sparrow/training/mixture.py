@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from .records import SkipRecordError
+from sparrow_processing.errors import VideoGroundingError
+
+from .records import RecordError, SkipRecordError
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +26,8 @@ class MixtureDataset(Dataset):
     """Samples of several sources.
 
     A source is walked through in random order: within one pass none of its items comes twice. An item that does not
-    fit ([`SkipRecordError`]) is replaced by another; the sample says how many were.
+    fit ([`SkipRecordError`]) is replaced by another, and so is one that turns out to be damaged, with a warning: one
+    broken video does not end a long run. The sample says how many were replaced.
 
     Args:
         sources: with `len()` and `read(index, rng)`.
@@ -75,6 +78,10 @@ class MixtureDataset(Dataset):
             except SkipRecordError as error:
                 reason = error
                 logger.debug("sample %d: item %d of source %d skipped: %s", number, index, source, error)
+                continue
+            except (RecordError, VideoGroundingError) as error:
+                reason = error
+                logger.warning("item %d of source %d is damaged and left out: %s", index, source, error)
                 continue
             return sample | {"num_skipped": sample.get("num_skipped", 0) + attempt}
         raise RuntimeError(f"{MAX_ATTEMPTS} items in a row could not be used; the last one: {reason}")

@@ -22,12 +22,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from pycocotools import mask as mask_utils
 from tqdm import tqdm
 
 from sparrow_processing.processing_sparrow import BOX_TOKEN, SEG_TOKEN, TASK_PROMPTS, TSF_TOKEN, VIDEO_TOKEN
 from sparrow_processing.results import decode_mask, mask_to_box, validate_rle
 from sparrow_processing.synthetic import (
     PRESETS,
+    SyntheticClip,
     WorldConfig,
     all_expressions,
     generate_clip,
@@ -61,6 +63,13 @@ class RecordedFrame:
     index: int
     box: tuple[float, float, float, float] | None = None
     mask: dict[str, Any] | np.ndarray | None = None
+
+    @property
+    def is_visible(self) -> bool:
+        """Whether the object shows; tells it without decoding the mask."""
+        if self.mask is None:
+            return self.box is not None
+        return bool(self.mask.any() if isinstance(self.mask, np.ndarray) else mask_utils.area(self.mask))
 
     def read_mask(self, size: tuple[int, int], where: str) -> np.ndarray | None:
         """Bool `(H, W)`, `None` if the shape is not known.
@@ -424,21 +433,44 @@ class SyntheticRecords:
     def read(self, index: int, rng: np.random.Generator) -> list[GroundingRecord]:
         clip = generate_clip(split_seed(self.split, index, self.seed), self.config)
         objects = recorded_objects(clip.masks)
-        questions = sample_expressions(all_expressions(clip, rng), self.questions_per_video, rng)
-        if not questions:
+        dialogues = sample_dialogues(clip, self.questions_per_video, rng)
+        if not dialogues:
             raise SkipRecordError("no question fits the generated clip")
         return [
             GroundingRecord(
                 video=clip.frames,
-                question=TASK_PROMPTS["refer"].format(query=question.text),
-                answer=ANSWER if question.target_ids else NO_TARGET_ANSWER,
+                question=dialogue.question,
+                answer=dialogue.answer,
                 objects=objects,
-                targets=(question.target_ids,) if question.target_ids else (),
-                kind=question.kind,
+                targets=dialogue.targets,
+                kind=dialogue.kind,
                 where=f"{self.split} clip {index}",
             )
-            for question in questions
+            for dialogue in dialogues
         ]
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """A question about a generated clip, and its answer with one `[BOX] [SEG]` for each entry of `targets`."""
+
+    question: str
+    answer: str
+    targets: tuple[tuple[int, ...], ...]
+    kind: str
+
+
+def sample_dialogues(clip: SyntheticClip, count: int, rng: np.random.Generator) -> list[Dialogue]:
+    """Up to `count` questions about a clip, asked as `refer` asks at inference."""
+    return [
+        Dialogue(
+            question=TASK_PROMPTS["refer"].format(query=expression.text),
+            answer=ANSWER if expression.target_ids else NO_TARGET_ANSWER,
+            targets=(expression.target_ids,) if expression.target_ids else (),
+            kind=expression.kind,
+        )
+        for expression in sample_expressions(all_expressions(clip, rng), count, rng)
+    ]
 
 
 def recorded_objects(masks: np.ndarray) -> tuple[RecordedObject, ...]:

@@ -132,13 +132,15 @@ def _prepare_grounding(settings: GroundingStage, start: Start, num_samples: int)
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
 
+    weights, held_out = settings.losses.by_name(), settings.held_out
+    longest = model.config.text_config.max_position_embeddings
+    shown = (settings.frames, settings.tracked_features)
+
     def mixture(sources, training, count, seed):
         opened = [source.open_records() for source in sources]
-        longest = model.config.text_config.max_position_embeddings
-        build = SampleBuilder(processor, longest, settings.frames, settings.tracked_features, training)
+        build = SampleBuilder(processor, longest, *shown, training, grounded_only="ce_loss" not in weights)
         return MixtureDataset(opened, [source.weight for source in sources], build, count, seed)
 
-    weights, held_out = settings.losses.by_name(), settings.held_out
     options = {"loss_weights": weights, "box_guidance": settings.box_guidance}
     if "ce_loss" not in weights:
         options["logits_to_keep"] = 1

@@ -72,6 +72,7 @@ class SampleBuilder:
         max_length: most tokens of a sequence, visual ones included.
         frames, tracked: see there.
         training: frames are drawn at random and crops are noisy; otherwise the same sample is made every time.
+        grounded_only: leave out questions that ground nothing, for stages that train on objects alone.
     """
 
     def __init__(
@@ -81,9 +82,11 @@ class SampleBuilder:
         frames: FrameSettings,
         tracked: TrackedFeatureSettings,
         training: bool,
+        grounded_only: bool = False,
     ):
         self.processor, self.max_length = processor, min(frames.max_length or max_length, max_length)
         self.num_mask_frames, self.tracked, self.training = frames.mask_frames, tracked, training
+        self.grounded_only = grounded_only
         self.shows_crops = tracked.mode == "train_and_inference" or (training and tracked.mode == "train")
 
     def __call__(self, records: Sequence[GroundingRecord], rng: np.random.Generator) -> dict[str, Any]:
@@ -100,6 +103,10 @@ class SampleBuilder:
             RecordError: an annotation does not fit the video.
             VideoReadError: the video cannot be read.
         """
+        if self.grounded_only:
+            first, records = records[0], [record for record in records if record.targets]
+            if not records:
+                raise SkipRecordError(f"{first.where}: no question grounds anything")
         video = open_video(records[0].video)
         size = (video.height, video.width)
         language_frames = sample_frame_indices(video.timestamps, self.processor.num_frames)
@@ -280,18 +287,19 @@ def choose_crops(
     ids = sorted({index for target in record.targets for index in target})
     if not ids or (training and rng.random() >= settings.share):
         return []
-    tracks = {item.id: visible_boxes(record, item.id, size) for item in record.objects}
+    objects = record.objects_by_id
     crops = []
     for index in ids:
-        visible = sorted(tracks[index])
+        visible = sorted(frame for frame, item in objects[index].frames.items() if item.is_visible)
         count = min(-(-settings.crops // len(ids)), len(visible))
         for place in np.linspace(0, len(visible) - 1, count).round().astype(int):
             frame = visible[place]
             shown = index
-            others = [other for other, track in tracks.items() if other not in ids and frame in track]
-            if others and rng.random() < settings.identity_switches:
-                shown = others[int(rng.integers(len(others)))]
-            box = tracks[shown][frame]
+            if rng.random() < settings.identity_switches:
+                others = [item for item in record.objects if item.id not in ids and frame in item.frames]
+                others = [item.id for item in others if item.frames[frame].is_visible]
+                shown = others[int(rng.integers(len(others)))] if others else index
+            box = objects[shown].frames[frame].read_box(size, record.where)
             noise = rng.normal(0, settings.box_jitter, 4) if settings.box_jitter else np.zeros(4)
             box = box + (noise * np.tile(box[2:] - box[:2], 2)).astype(np.float32)
             crops.append(Crop(shown, frame, box))
@@ -314,12 +322,6 @@ def evaluation_crops(settings: TrackedFeatureSettings) -> Callable[[dict[str, An
         return [cut(record["frames"][crop.frame_index], crop.box) for crop in chosen]
 
     return crops
-
-
-def visible_boxes(record: GroundingRecord, index: int, size: tuple[int, int]) -> dict[int, np.ndarray]:
-    """Boxes of an object in pixels, by frame, where it is visible."""
-    boxes = {frame: item.read_box(size, record.where) for frame, item in record.objects_by_id[index].frames.items()}
-    return {frame: box for frame, box in boxes.items() if not np.isnan(box).any()}
 
 
 def cut(picture: np.ndarray, box: np.ndarray) -> np.ndarray:

@@ -3,8 +3,8 @@
 - `proposer`, stage 0 (class-agnostic proposer pre-training): the region proposer, by focal, L1 and GIoU loss.
 - `target_injection`, stage 1 (target-specific information injection): LoRA on the language model, the rows of the new
   tokens, V->L adapters and [SEG] head, by the words of the answer and mask BCE and Dice.
-- `filter`, stage 2 (task adaptation, filter-only fine-tuning): filtration head and [BOX] head, by the class and the box
-  loss of the filter.
+- `filter`, stage 2 (task adaptation, filter-only fine-tuning): filtration head and [BOX] head, by the class and the
+  box loss of the filter.
 
 Each is one YAML file; `lora: null` with other `trainable` parts makes the second one a full fine-tuning.
 """

@@ -43,6 +43,10 @@ class ProposerForTraining(nn.Module):
         self.mask_tracker.eval()  # frozen
         return self
 
+    def activation_checkpointing_enable(self, **options):
+        """See `PreTrainedModel`; the mask tracker is frozen and keeps no activations."""
+        self.region_proposer.activation_checkpointing_enable(**options)
+
     def count_items(self, boxes: list[torch.Tensor], **inputs) -> dict[str, int]:
         """By what each figure of a batch is divided: its boxes, at least 1. Other inputs of `forward` are ignored."""
         return dict.fromkeys(self.figures, max(sum(len(item) for item in boxes), 1))
