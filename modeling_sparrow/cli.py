@@ -1,4 +1,4 @@
-"""The command `sparrow`: ground, info, export, convert; evaluation adds its own."""
+"""The command `sparrow`: ground, info, export, convert; evaluation and training add their own."""
 
 import argparse
 import json
@@ -59,8 +59,10 @@ def build_parser() -> argparse.ArgumentParser:
     convert.set_defaults(run=run_convert)
 
     from .evaluation.commands import add_commands
+    from .training.commands import add_commands as add_training_commands
 
     add_commands(commands)
+    add_training_commands(commands)
     return parser
 
 

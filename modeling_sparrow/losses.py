@@ -11,6 +11,9 @@ from .configuration_sparrow import SparrowConfig
 if TYPE_CHECKING:
     from .modeling_outputs import FilteredFrame
 
+# What `SparrowForVideoGrounding.forward` can compute; the weight of `x` is the config's `x_weight`.
+LOSS_NAMES = ("ce_loss", "mask_bce_loss", "mask_dice_loss", "filter_class_loss", "filter_box_loss")
+
 
 def mask_bce_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Binary cross-entropy of each mask, mean over its pixels.
@@ -144,11 +147,48 @@ def proposal_loss(
     }
 
 
+def count_items(
+    config: SparrowConfig,
+    labels: torch.Tensor | None,
+    mask_labels: list[torch.Tensor],
+    box_labels: list[torch.Tensor] | None,
+    frames: list[list[int]],
+) -> dict[str, int]:
+    """By what each loss of a batch is divided, at least 1.
+
+    `ce_loss`: words of the answers. `mask_…`: masks that count. `filter_class_loss`: pairs of token and candidate
+    frame; `filter_box_loss`: those of them that show a target; in released training both are a mean over videos.
+
+    Args:
+        labels: `(B, L)`, -100 where ignored.
+        mask_labels: per video `(S, T, H, W)`.
+        box_labels: per video `(S, M, T, 4)` normalised xyxy; default the tight boxes of the masks.
+        frames: per video those the filter looks at.
+    """
+    counts = dict.fromkeys(LOSS_NAMES, 0)
+    if labels is not None:
+        counts["ce_loss"] = int((labels[:, 1:] != -100).sum())
+    for v, (masks, own) in enumerate(zip(mask_labels, frames, strict=True)):
+        masks = masks[: config.max_training_tokens]
+        num_masks = int(masks_that_count(config, masks).sum())
+        counts["mask_bce_loss"] += num_masks
+        counts["mask_dice_loss"] += num_masks
+        if config.filtration_config.variant == "released":
+            counts["filter_class_loss"] += len(masks) > 0
+            counts["filter_box_loss"] += len(masks) > 0
+            continue
+        targets = filter_targets(config, own, masks, None if box_labels is None else box_labels[v])
+        counts["filter_class_loss"] += len(masks) * len(own)
+        counts["filter_box_loss"] += int((~targets[: len(masks)].isnan().any(-1)).any(-1).sum())
+    return {name: max(count, 1) for name, count in counts.items()}
+
+
 def filter_losses(
     config: SparrowConfig,
     filtered: "list[FilteredFrame]",
     mask_labels: torch.Tensor,
     box_labels: torch.Tensor | None = None,
+    num_items: dict[str, float] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Class and box loss of the filtration head on some frames of one video, against the boxes of those frames.
 
@@ -157,9 +197,13 @@ def filter_losses(
         filtered: scores of `S` tokens.
         mask_labels: `(S', T, H, W)`; tokens without a mask are left out.
         box_labels: `(S', M, T, 4)` normalised xyxy, NaN where absent; default the tight boxes of the masks.
+        num_items: by what the losses are divided; default: by the pairs of token and frame, for boxes those that
+            have positives. With it the losses of several videos add up to the mean over all of them. In released
+            training that is a mean over videos, whatever the number of their tokens.
 
     Returns:
-        `filter_class_loss`, and `filter_box_loss` (mean over the tokens that have positives) if boxes are regressed.
+        `filter_class_loss`, for each token and frame the mean over its proposals that are not ignored; and
+        `filter_box_loss`, the mean over its positives, if boxes are regressed.
     """
     rules = config.filtration_config
     logits = torch.cat([frame.output.logits for frame in filtered], dim=1)  # (S, F, Q)
@@ -168,24 +212,42 @@ def filter_losses(
     S = min(len(logits), len(mask_labels))
     if S == 0:
         return {}
-    if rules.variant == "released":
-        targets = boxes_over_time(mask_labels[:S])[:, None, None]  # (S, 1, 1, 4)
-    else:
-        boxes = tight_boxes(mask_labels)[:, None] if box_labels is None else box_labels
-        targets = boxes[:S, :, [frame.frame_index for frame in filtered]].transpose(1, 2)  # (S, F, M, 4)
+    targets = filter_targets(config, [frame.frame_index for frame in filtered], mask_labels, box_labels)[:S]
     iou, nearest = pairwise_iou(proposals, targets.to(proposals.dtype)).nan_to_num(nan=-1.0).max(dim=-1)  # (S, F, Q)
     labels = filtration_targets(iou, rules.positive_iou, rules.negative_iou).masked_fill(~valid, -1.0)
-    losses = {"filter_class_loss": filtration_class_loss(logits[:S], labels)}
+    known, positive = labels >= 0, labels == 1
+    per_proposal = F.binary_cross_entropy_with_logits(
+        logits[:S].masked_fill(~known, 0.0).float(), labels.clamp(min=0), reduction="none"
+    )
+    classes = _mean_where(per_proposal, known)
+    by_video = rules.variant == "released" or num_items is None
+    losses = {"filter_class_loss": classes.mean() if by_video else classes.sum()}
     if filtered[0].output.regressed_boxes is not None:
-        regressed = torch.cat([frame.output.regressed_boxes for frame in filtered], dim=1)[:S]
+        regressed = torch.cat([frame.output.regressed_boxes for frame in filtered], dim=1)[:S].float()
         wanted = targets.gather(2, nearest[..., None].expand(-1, -1, -1, 4))
-        per_token = [
-            box_regression_loss(regressed[s][positive], wanted[s][positive])
-            for s, positive in enumerate(labels == 1)
-            if positive.any()
-        ]
-        losses["filter_box_loss"] = torch.stack(per_token).mean() if per_token else regressed.sum() * 0.0
-    return losses
+        wanted = torch.where(positive[..., None], wanted, regressed.detach())  # absent targets are NaN
+        per_proposal = F.l1_loss(regressed, wanted, reduction="none").mean(-1) + 1 - generalized_iou(regressed, wanted)
+        boxes = _mean_where(per_proposal, positive).sum()
+        losses["filter_box_loss"] = boxes / positive.any(-1).sum().clamp(min=1) if by_video else boxes
+    return losses if num_items is None else {name: value / num_items[name] for name, value in losses.items()}
+
+
+def filter_targets(
+    config: SparrowConfig, frames: list[int], mask_labels: torch.Tensor, box_labels: torch.Tensor | None
+) -> torch.Tensor:
+    """What the filter is to find for each token on some frames: `(S, F, M, 4)` normalised xyxy, NaN where absent.
+
+    Arguments as in `filter_losses`. The released rule compares every frame with the box of all frames together.
+    """
+    if config.filtration_config.variant == "released":
+        return boxes_over_time(mask_labels)[:, None, None].expand(-1, len(frames), -1, -1)
+    boxes = tight_boxes(mask_labels)[:, None] if box_labels is None else box_labels
+    return boxes[:, :, frames].transpose(1, 2)
+
+
+def _mean_where(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean of the chosen values along the last axis, 0 where none is chosen."""
+    return torch.where(mask, values, 0.0).sum(-1) / mask.sum(-1).clamp(min=1)
 
 
 def mask_losses(
@@ -193,22 +255,20 @@ def mask_losses(
     mask_logits: list[list[torch.Tensor]],
     num_frames: list[int],
     mask_labels: list[torch.Tensor],
+    num_items: dict[str, float] | None = None,
 ) -> dict[str, torch.Tensor]:
     """BCE and Dice over the frames of every token, mean over the masks that count.
-
-    With memory propagation a frame without the object is left to SAM2's own object score; frame-wise decoding
-    compares it with an empty mask, as released training does.
 
     Args:
         config: `max_training_tokens` and the way of propagation.
         mask_logits: per video and token `(T, h, w)`.
         num_frames: per video, frames that are not padding.
         mask_labels: per video `(S, T_v, H, W)` of 1, 0 and -1.
+        num_items: by what the losses are divided; default: by the masks of this call that count.
 
     Raises:
         ValueError: if a video has not as many masks as [SEG] tokens.
     """
-    framewise = config.mask_tracker_config.propagation == "framewise"
     bce, dice, count = [], [], 0
     for logits, T, labels in zip(mask_logits, num_frames, mask_labels, strict=True):
         labels = labels[: config.max_training_tokens]
@@ -216,8 +276,7 @@ def mask_losses(
             raise ValueError(f"A video has {len(logits)} [SEG] tokens, but masks for {len(labels)} are given.")
         if not logits:
             continue
-        target = labels.flatten(0, 1)  # (S * T, H, W)
-        use = (target >= 0).flatten(1).any(1) if framewise else (target > 0).flatten(1).any(1)
+        target, use = labels.flatten(0, 1), masks_that_count(config, labels).flatten()  # (S * T, H, W), (S * T,)
         predicted = torch.stack(logits)[:, :T].flatten(0, 1)[use, None].float()
         predicted = F.interpolate(predicted, size=target.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
         bce.append(mask_bce_loss(predicted, target[use]).sum())
@@ -225,10 +284,22 @@ def mask_losses(
         count += int(use.sum())
     if not bce:
         return {}
+    if num_items is None:
+        num_items = dict.fromkeys(("mask_bce_loss", "mask_dice_loss"), max(count, 1))
     return {
-        "mask_bce_loss": torch.stack(bce).sum() / max(count, 1),
-        "mask_dice_loss": torch.stack(dice).sum() / max(count, 1),
+        "mask_bce_loss": torch.stack(bce).sum() / num_items["mask_bce_loss"],
+        "mask_dice_loss": torch.stack(dice).sum() / num_items["mask_dice_loss"],
     }
+
+
+def masks_that_count(config: SparrowConfig, mask_labels: torch.Tensor) -> torch.Tensor:
+    """Which masks `(S, T, H, W)` are compared: bool `(S, T)`.
+
+    With memory propagation a frame without the object is left to SAM2's own object score; frame-wise decoding
+    compares it with an empty mask, as released training does. Masks of -1 alone are unknown.
+    """
+    framewise = config.mask_tracker_config.propagation == "framewise"
+    return ((mask_labels >= 0) if framewise else (mask_labels > 0)).flatten(2).any(-1)
 
 
 def tight_boxes(masks: torch.Tensor) -> torch.Tensor:

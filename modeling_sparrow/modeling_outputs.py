@@ -58,6 +58,34 @@ class SparrowOutput(ModelOutput):
 
 
 @dataclass
+class ClipBatch:
+    """Clips of a training batch, as `forward` takes them.
+
+    Args:
+        frames: `(V, T, 3, S, S)`, padded at the end.
+        num_frames: `(V,)` frames that are not padding; default all.
+        proposer_pixel_values: `(V, 3, s, s)` first frames for a proposer that encodes on its own.
+        original_sizes: `(V, 2)` height and width of the videos.
+    """
+
+    frames: torch.Tensor
+    num_frames: torch.Tensor | None = None
+    proposer_pixel_values: torch.Tensor | None = None
+    original_sizes: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    @property
+    def counts(self) -> list[int]:
+        """Frames of each clip that are not padding."""
+        return [self.frames.shape[1]] * len(self) if self.num_frames is None else self.num_frames.tolist()
+
+    def proposer_pixels(self, clip: int) -> torch.Tensor | None:
+        return None if self.proposer_pixel_values is None else self.proposer_pixel_values[clip : clip + 1]
+
+
+@dataclass
 class FilteredFrame:
     """Proposals of one frame (`F` = 1) and the scores that `S` [BOX] embeddings gave them."""
 

@@ -20,11 +20,12 @@ from transformers.utils import can_return_tuple
 from .configuration_sparrow import SparrowConfig
 from .filtration_head import FiltrationHead, FiltrationOutput, ReleasedFiltrationHead, select_boxes
 from .frame_pyramid import ClipPyramids, FramePyramid, FrameStream, TensorFrames, VideoPyramids
-from .losses import filter_losses, mask_losses
+from .losses import LOSS_NAMES, count_items, filter_losses, mask_losses
 from .mask_tracker import NO_OBJECT_LOGIT, FrameMasks, MaskPrompt, MaskTracker, TrackedObject
 from .modeling_base import SparrowPreTrainedModel, grad_if_trainable, is_trainable
 from .modeling_outputs import (
     AnswerTokens,
+    ClipBatch,
     FilteredFrame,
     GroundedObject,
     GroundingOutput,
@@ -90,10 +91,8 @@ class SparrowModel(SparrowPreTrainedModel):
     def train(self, mode: bool = True) -> "SparrowModel":
         """Parts without a trainable parameter stay in evaluation mode: no dropout in what is frozen."""
         super().train(mode)
-        host = self.host
-        parts = [*(getattr(host, name) for name in host.towers), self.mask_tracker, self.region_proposer]
-        for part in parts:
-            if part is not None and not is_trainable(part):
+        for part in (*self.children(), *self.host.children()):
+            if not is_trainable(part):
                 part.eval()
         return self
 
@@ -232,6 +231,9 @@ class SparrowForVideoGrounding(SparrowPreTrainedModel, GenerationMixin):
         original_sizes: torch.Tensor | None = None,
         output_hidden_states: bool | int | list[int] | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        loss_weights: dict[str, float] | None = None,
+        num_items: dict[str, float | torch.Tensor] | None = None,
+        box_guidance: bool | None = None,
         **kwargs,
     ) -> SparrowOutput:
         """Language modelling, and grounding of every [BOX] [SEG] pair in `input_ids` if `mask_pixel_values` are given.
@@ -248,6 +250,10 @@ class SparrowForVideoGrounding(SparrowPreTrainedModel, GenerationMixin):
             box_labels: per video `(S_v, M, T_v, 4)` normalised xyxy, NaN where absent; a token may mean up to `M`
                 objects. Default: the tight boxes of `mask_labels`.
             original_sizes: `(V, 2)` height and width of the videos; only the released box prior needs them.
+            loss_weights: weight of each loss, by name; what is left out is not computed. Default: the config's.
+            num_items: by what each loss is divided, see `count_items`; the sum over all processes and micro-batches
+                of a step, so that the step does not depend on how it was split. Default: the counts of this batch.
+            box_guidance: whether the boxes that [BOX] chooses prompt the masks; default as in the config.
 
         Raises:
             ValueError: if tokens and labels do not match in number.
@@ -268,25 +274,39 @@ class SparrowForVideoGrounding(SparrowPreTrainedModel, GenerationMixin):
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
-        losses = {}
-        if labels is not None:
-            vocab_size = self.config.text_config.vocab_size
-            losses["ce_loss"] = self.loss_function(logits=outputs.logits, labels=labels, vocab_size=vocab_size)
-        grounding = {}
-        if mask_pixel_values is not None:
-            tokens = self._tokens_by_video(outputs.last_hidden_state, input_ids, video_index, len(mask_pixel_values))
-            grounding, grounding_losses = self._ground_clips(
-                tokens,
-                mask_pixel_values,
-                num_mask_frames,
-                proposer_pixel_values,
-                mask_labels,
-                box_labels,
-                original_sizes,
+        if loss_weights is None:
+            loss_weights = {name: getattr(self.config, f"{name}_weight") for name in LOSS_NAMES}
+        if num_items is None:
+            num_items = self.count_items(labels, mask_labels, box_labels, num_mask_frames)
+        losses, grounding = {}, {}
+        if labels is not None and "ce_loss" in loss_weights:
+            losses["ce_loss"] = self.loss_function(
+                logits=outputs.logits,
+                labels=labels,
+                vocab_size=self.config.text_config.vocab_size,
+                num_items_in_batch=num_items["ce_loss"],
             )
-            losses |= grounding_losses
+        if mask_pixel_values is not None:
+            guided = self.config.box_guidance if box_guidance is None else box_guidance
+            clips = ClipBatch(mask_pixel_values, num_mask_frames, proposer_pixel_values, original_sizes)
+            tokens = self._tokens_by_video(outputs.last_hidden_state, input_ids, video_index, len(clips))
+            pyramid = self._encode_clips(mask_pixel_values)
+            filtered, located = self._locate_clips(tokens, clips, pyramid, guided)
+            grounding = {
+                "box_embeddings": torch.cat([box for box, _ in tokens]),
+                "seg_embeddings": torch.cat([seg for _, seg in tokens]),
+                "boxes": [place.boxes for video in located for place in video],
+            }
+            mask_logits = None
+            if mask_labels is None or "mask_bce_loss" in loss_weights or "mask_dice_loss" in loss_weights:
+                mask_logits = self._segment_clips(tokens, located, clips, pyramid)
+                flat = [logits for video in mask_logits for logits in video]
+                grounding["mask_logits"] = torch.stack(flat) if flat else None
+            if mask_labels is not None:
+                losses |= self._grounding_losses(filtered, mask_logits, clips, mask_labels, box_labels, num_items)
+        losses = {name: value for name, value in losses.items() if name in loss_weights}
         return SparrowOutput(
-            loss=self._total_loss(losses),
+            loss=sum(loss_weights[name] * value for name, value in losses.items()) if losses else None,
             **losses,
             logits=outputs.logits,
             past_key_values=outputs.past_key_values,
@@ -294,11 +314,6 @@ class SparrowForVideoGrounding(SparrowPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             **grounding,
         )
-
-    def _total_loss(self, losses: dict[str, torch.Tensor]) -> torch.Tensor | None:
-        if not losses:
-            return None
-        return sum(getattr(self.config, f"{name}_weight") * value for name, value in losses.items())
 
     # ------------------------------------------------------------------ training
 
@@ -322,64 +337,95 @@ class SparrowForVideoGrounding(SparrowPreTrainedModel, GenerationMixin):
             tokens.append(tuple(embeddings))
         return tokens
 
-    def _ground_clips(
+    def count_items(
+        self,
+        labels: torch.Tensor | None = None,
+        mask_labels: list[torch.Tensor] | None = None,
+        box_labels: list[torch.Tensor] | None = None,
+        num_mask_frames: torch.Tensor | None = None,
+        **inputs,
+    ) -> dict[str, int]:
+        """By what each loss of a batch is divided, see `losses.count_items`; other inputs of `forward` are ignored."""
+        mask_labels = mask_labels or []
+        lengths = [masks.shape[1] for masks in mask_labels]
+        if num_mask_frames is not None and mask_labels:
+            lengths = num_mask_frames.tolist()
+        frames = [self.candidate_frames(length) for length in lengths]
+        return count_items(self.config, labels, mask_labels, box_labels, frames)
+
+    def _locate_clips(
         self,
         tokens: list[tuple[torch.Tensor, torch.Tensor]],
-        mask_pixel_values: torch.Tensor,
-        num_mask_frames: torch.Tensor | None,
-        proposer_pixel_values: torch.Tensor | None,
-        mask_labels: list[torch.Tensor] | None,
-        box_labels: list[torch.Tensor] | None,
-        original_sizes: torch.Tensor | None,
-    ) -> tuple[dict, dict[str, torch.Tensor]]:
-        """Boxes and masks of the tokens of a batch of clips, and their losses where there are labels."""
-        V, T = mask_pixel_values.shape[:2]
-        counts = [T] * V if num_mask_frames is None else num_mask_frames.tolist()
-        pyramid = self._encode_clips(mask_pixel_values)
+        clips: ClipBatch,
+        pyramid: FramePyramid,
+        box_guidance: bool,
+    ) -> tuple[list[list[FilteredFrame]], list[list[LocatedBoxes]]]:
+        """Proposals with their scores, and the chosen boxes, of the tokens of each clip."""
+        filtered: list[list[FilteredFrame]] = []
+        located: list[list[LocatedBoxes]] = []
+        T = clips.frames.shape[1]
+        for v, (box_tokens, seg_tokens) in enumerate(tokens):
+            filtered.append([])
+            located.append([])
+            queries = self._box_queries(box_tokens, seg_tokens)
+            if not box_guidance or not len(queries):
+                continue
+            frames = self.candidate_frames(clips.counts[v])
+            filtered[v] = self._filter_frames(
+                queries, pyramid[[v * T + t for t in frames]], frames, clips.proposer_pixels(v)
+            )
+            located[v] = self._choose(queries, filtered[v], at_least_one=self.training)
+            if clips.original_sizes is not None:
+                size = tuple(clips.original_sizes[v].tolist())
+                self._apply_box_prior(located[v], pyramid[v * T : v * T + 1], size)
+        return filtered, located
+
+    def _segment_clips(
+        self,
+        tokens: list[tuple[torch.Tensor, torch.Tensor]],
+        located: list[list[LocatedBoxes]],
+        clips: ClipBatch,
+        pyramid: FramePyramid,
+    ) -> list[list[torch.Tensor]]:
+        """Mask logits `(T, h, w)` of each token of each clip, the maximum over its objects."""
         objects: list[TrackedObject] = []
         clip_of_object: list[int] = []
         objects_of_token: list[list[list[int]]] = []  # per video, per token
-        boxes: list[torch.Tensor] = []
-        losses: list[dict[str, torch.Tensor]] = []
         for v, (box_tokens, seg_tokens) in enumerate(tokens):
-            located: list[LocatedBoxes] = []
-            queries = self._box_queries(box_tokens, seg_tokens)
-            if len(queries):
-                frames = self.candidate_frames(counts[v])
-                pixels = None if proposer_pixel_values is None else proposer_pixel_values[v : v + 1]
-                filtered = self._filter_frames(queries, pyramid[[v * T + t for t in frames]], frames, pixels)
-                located = self._choose(queries, filtered)
-                if original_sizes is not None:
-                    self._apply_box_prior(located, pyramid[v * T : v * T + 1], tuple(original_sizes[v].tolist()))
-                if mask_labels is not None:
-                    target = None if box_labels is None else box_labels[v]
-                    losses.append(filter_losses(self.config, filtered, mask_labels[v], target))
             objects_of_token.append([])
-            for token_objects in self.tracked_objects(self._mask_queries(box_tokens, seg_tokens, located), located):
+            queries = self._mask_queries(box_tokens, seg_tokens, located[v])
+            for token_objects in self.tracked_objects(queries, located[v]):
                 objects_of_token[-1].append([len(objects) + k for k in range(len(token_objects))])
                 objects += token_objects
                 clip_of_object += [v] * len(token_objects)
-            boxes += [place.boxes for place in located]
-        clips = torch.tensor(clip_of_object, device=mask_pixel_values.device, dtype=torch.int64)
-        masks = self._propagate_clips(ClipPyramids(pyramid, T, clips), objects)
+        index = torch.tensor(clip_of_object, device=clips.frames.device, dtype=torch.int64)
+        masks = self._propagate_clips(ClipPyramids(pyramid, clips.frames.shape[1], index), objects)
         side = self.config.mask_tracker_config.image_size // 4
-        absent = pyramid.levels[0].new_full((T, side, side), NO_OBJECT_LOGIT)  # of a token that no box was found for
-        mask_logits = [
+        size = (clips.frames.shape[1], side, side)
+        absent = pyramid.levels[0].new_full(size, NO_OBJECT_LOGIT)  # of a token that no box was found for
+        return [
             [torch.stack([masks[k] for k in own]).amax(dim=0) if own else absent for own in video]
             for video in objects_of_token
         ]
-        flat = [logits for video in mask_logits for logits in video]
-        grounding = {
-            "box_embeddings": torch.cat([box for box, _ in tokens]),
-            "seg_embeddings": torch.cat([seg for _, seg in tokens]),
-            "mask_logits": torch.stack(flat) if flat else None,
-            "boxes": boxes,
-        }
-        names = sorted({name for loss in losses for name in loss})
-        mean = {name: torch.stack([loss[name] for loss in losses if name in loss]).mean() for name in names}
-        if mask_labels is not None:
-            mean |= mask_losses(self.config, mask_logits, counts, mask_labels)
-        return grounding, mean
+
+    def _grounding_losses(
+        self,
+        filtered: list[list[FilteredFrame]],
+        mask_logits: list[list[torch.Tensor]] | None,
+        clips: ClipBatch,
+        mask_labels: list[torch.Tensor],
+        box_labels: list[torch.Tensor] | None,
+        num_items: dict[str, float | torch.Tensor],
+    ) -> dict[str, torch.Tensor]:
+        losses: dict[str, torch.Tensor] = {}
+        for v, frames in enumerate(filtered):
+            if frames:
+                boxes = None if box_labels is None else box_labels[v]
+                for name, value in filter_losses(self.config, frames, mask_labels[v], boxes, num_items).items():
+                    losses[name] = losses.get(name, 0.0) + value
+        if mask_logits is not None:
+            losses |= mask_losses(self.config, mask_logits, clips.counts, mask_labels, num_items)
+        return losses
 
     def _encode_clips(self, mask_pixel_values: torch.Tensor) -> FramePyramid:
         with grad_if_trainable(self.model.mask_tracker.sam2.vision_encoder):
@@ -450,8 +496,14 @@ class SparrowForVideoGrounding(SparrowPreTrainedModel, GenerationMixin):
         output = self.model.filter(tokens, proposals, pyramid)
         return FilteredFrame.split(proposals, output, frames)
 
-    def _choose(self, tokens: torch.Tensor, filtered: list[FilteredFrame]) -> list[LocatedBoxes]:
-        """One frame and its boxes for each token."""
+    def _choose(
+        self, tokens: torch.Tensor, filtered: list[FilteredFrame], at_least_one: bool = False
+    ) -> list[LocatedBoxes]:
+        """One frame and its boxes for each token.
+
+        Args:
+            at_least_one: take the best box where none is good enough, so that in training every mask has a gradient.
+        """
         config = self.config.filtration_config
         located = []
         for s in range(len(tokens)):
@@ -460,8 +512,8 @@ class SparrowForVideoGrounding(SparrowPreTrainedModel, GenerationMixin):
             frame = filtered[passing[0] if passing else best.index(max(best))]
             confidence, boxes = frame.output.confidence[s, 0], frame.output.boxes[s, 0]
             chosen = select_boxes(confidence, boxes, config)
-            if self.training and not len(chosen):
-                chosen = confidence.argmax()[None]  # the mask of every labelled token is trained
+            if at_least_one and not len(chosen):
+                chosen = confidence.argmax()[None]
             token = tokens[s] if frame.output.tokens is None else frame.output.tokens[s]
             located.append(
                 LocatedBoxes(frame.frame_index, boxes[chosen], confidence[chosen], token, frame.proposals, confidence)

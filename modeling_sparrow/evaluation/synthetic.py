@@ -7,7 +7,7 @@ falls to `chance`.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -56,6 +56,7 @@ def evaluate_synthetic(
     control: Control = "none",
     batch_size: int = 8,
     max_new_tokens: int | None = None,
+    crops: Callable[[dict[str, Any]], list[np.ndarray]] | None = None,
 ) -> dict[str, Any]:
     """Grounds one question in each clip of a split of the generated world and scores the masks.
 
@@ -68,6 +69,8 @@ def evaluate_synthetic(
         control: what is taken away from the language model.
         batch_size: clips answered together; it changes the speed, not the answers.
         max_new_tokens: longest answer; default as the checkpoint says.
+        crops: gives the crops `(h, w, 3)` uint8 of the tracked referent of a record, which the language model then
+            sees as well (the paper's TSF at inference).
 
     Returns:
         `j`, `f`, `box_miou`: means over clips of the mean over frames, of all predicted objects united against all
@@ -98,7 +101,7 @@ def evaluate_synthetic(
             neighbours = [videos[index + 1] for index in indices] if control.startswith("other") else records
             began = time.perf_counter()
             rate = videos.config.frames_per_second
-            results = ground_records(model, processor, records, neighbours, control, rate, max_new_tokens)
+            results = ground_records(model, processor, records, neighbours, control, rate, max_new_tokens, crops)
             seconds += time.perf_counter() - began
             frames += sum(len(record["frames"]) for record in records)
             for record, result in zip(records, results, strict=True):
@@ -116,17 +119,20 @@ def ground_records(
     control: Control,
     frames_per_second: float,
     max_new_tokens: int | None,
+    crops: Callable[[dict[str, Any]], list[np.ndarray]] | None = None,
 ) -> list[GroundingResult]:
     """Results of some records, computed together.
 
     Args:
         neighbours: for each record another one, whose frames or question the controls use.
         frames_per_second: of the clips.
+        crops: see [`evaluate_synthetic`].
     """
     asked = neighbours if control == "other-question" else records
     questions = [record["expression"] for record in asked]
     clips = [open_video(record["frames"], fps=frames_per_second) for record in records]
-    inputs = processor(text=questions, videos=clips, task="refer")
+    tracked = None if crops is None else [crops(record) or None for record in records]
+    inputs = processor(text=questions, videos=clips, task="refer", tracked_crops=tracked)
     if control in ("blank-video", "other-video"):
         seen = [record["frames"] for record in (neighbours if control == "other-video" else records)]
         if control == "blank-video":
