@@ -154,7 +154,8 @@ def count_items(
     box_labels: list[torch.Tensor] | None,
     frames: list[list[int]],
 ) -> dict[str, int]:
-    """By what each loss of a batch is divided, at least 1.
+    """By what each loss of a batch is divided; where nothing counts, 0, which the caller takes for 1 once it has added
+    up all parts of a step.
 
     `ce_loss`: words of the answers. `mask_…`: masks that count. `filter_class_loss`: pairs of token and candidate
     frame; `filter_box_loss`: those of them that show a target; in released training both are a mean over videos.
@@ -180,7 +181,7 @@ def count_items(
         targets = filter_targets(config, own, masks, None if box_labels is None else box_labels[v])
         counts["filter_class_loss"] += len(masks) * len(own)
         counts["filter_box_loss"] += int((~targets[: len(masks)].isnan().any(-1)).any(-1).sum())
-    return {name: max(count, 1) for name, count in counts.items()}
+    return counts
 
 
 def filter_losses(

@@ -277,7 +277,8 @@ class SparrowForVideoGrounding(SparrowPreTrainedModel, GenerationMixin):
         if loss_weights is None:
             loss_weights = {name: getattr(self.config, f"{name}_weight") for name in LOSS_NAMES}
         if num_items is None:
-            num_items = self.count_items(labels, mask_labels, box_labels, num_mask_frames)
+            counts = self.count_items(labels, mask_labels, box_labels, num_mask_frames)
+            num_items = {name: max(count, 1) for name, count in counts.items()}
         losses, grounding = {}, {}
         if labels is not None and "ce_loss" in loss_weights:
             losses["ce_loss"] = self.loss_function(

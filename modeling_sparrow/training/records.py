@@ -28,6 +28,8 @@ from tqdm import tqdm
 from sparrow_processing.processing_sparrow import BOX_TOKEN, SEG_TOKEN, TSF_TOKEN, VIDEO_TOKEN
 from sparrow_processing.results import decode_mask, mask_to_box, validate_rle
 from sparrow_processing.synthetic import (
+    DIALOGUE_KINDS,
+    KINDS,
     PRESETS,
     WorldConfig,
     all_dialogues,
@@ -406,17 +408,23 @@ class SyntheticRecords:
         seed: another seed gives other clips of the same split.
         size: number of clips.
         questions_per_video: of each clip.
+        kinds: of dialogues, drawn equally often; by default those of the world's expressions, captions, time spans and
+            plain questions.
     """
 
     split: str = "train"
-    preset: str = "easy"
+    preset: str = "train"
     world: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     size: int = 1_000_000
     questions_per_video: int = 4
+    kinds: list[str] | None = None
 
     def __post_init__(self):
         split_seed(self.split, 0, self.seed)
+        unknown = set(self.kinds or ()) - {*KINDS, *DIALOGUE_KINDS}
+        if unknown:
+            raise ValueError(f"kinds: expected some of {', '.join([*KINDS, *DIALOGUE_KINDS])}, got {sorted(unknown)}.")
         if self.preset not in PRESETS:
             raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {self.preset!r}.")
         try:
@@ -430,7 +438,9 @@ class SyntheticRecords:
     def read(self, index: int, rng: np.random.Generator) -> list[GroundingRecord]:
         clip = generate_clip(split_seed(self.split, index, self.seed), self.config)
         objects = recorded_objects(clip.masks)
-        dialogues = sample_expressions(all_dialogues(clip, rng), self.questions_per_video, rng)  # kinds balanced
+        kinds = self.kinds or (*self.config.kinds, *DIALOGUE_KINDS)
+        possible = [dialogue for dialogue in all_dialogues(clip, rng) if dialogue.kind in kinds]
+        dialogues = sample_expressions(possible, self.questions_per_video, rng)
         if not dialogues:
             raise SkipRecordError("no question fits the generated clip")
         return [

@@ -82,16 +82,17 @@ class SyntheticSource:
 
     kind: Literal["synthetic"]
     split: str = "train"
-    preset: str = "easy"
+    preset: str = "train"
     world: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     size: int = 1_000_000
     questions_per_video: int = 4
+    kinds: list[str] | None = None
     weight: float = 1.0
 
     def open_records(self) -> SyntheticRecords:
         world = (self.split, self.preset, self.world, self.seed, self.size)
-        return SyntheticRecords(*world, self.questions_per_video)
+        return SyntheticRecords(*world, self.questions_per_video, self.kinds)
 
     def open_pictures(self) -> SyntheticPictures:
         return SyntheticPictures(self.split, self.preset, self.world, self.seed, self.size)

@@ -48,8 +48,8 @@ class ProposerForTraining(nn.Module):
         self.region_proposer.activation_checkpointing_enable(**options)
 
     def count_items(self, boxes: list[torch.Tensor], **inputs) -> dict[str, int]:
-        """By what each figure of a batch is divided: its boxes, at least 1. Other inputs of `forward` are ignored."""
-        return dict.fromkeys(self.figures, max(sum(len(item) for item in boxes), 1))
+        """By what each figure of a batch is divided: its boxes. Other inputs of `forward` are ignored."""
+        return dict.fromkeys(self.figures, sum(len(item) for item in boxes))
 
     def forward(
         self,
@@ -73,11 +73,11 @@ class ProposerForTraining(nn.Module):
         losses = self.region_proposer.loss(output, boxes)  # divided by the boxes of this call
         names = {"objectness_loss": "loss_ce", "l1_loss": "loss_bbox", "giou_loss": "loss_giou"}
         figures = {"loss": losses["loss"]} | {name: losses[own] for name, own in names.items()}
-        own = self.count_items(boxes)
+        own = max(sum(len(item) for item in boxes), 1)
         if not self.training:
-            figures["recall"] = self._count_found(output, boxes) / own["recall"]
-        num_items = own if num_items is None else num_items
-        return {name: value * (own[name] / num_items[name]) for name, value in figures.items()}
+            figures["recall"] = self._count_found(output, boxes) / own
+        num_items = dict.fromkeys(figures, own) if num_items is None else num_items
+        return {name: value * (own / num_items[name]) for name, value in figures.items()}
 
     def _count_found(self, output, boxes: list[torch.Tensor]) -> torch.Tensor:
         """How many boxes a kept proposal overlaps by more than half."""
@@ -148,7 +148,7 @@ class SparrowTrainer(Trainer):
         counts = [self._count(batch) for batch in batch_samples]
         names = sorted(counts[0])
         totals = torch.tensor([sum(count[name] for count in counts) for name in names], dtype=torch.float32)
-        totals = self.accelerator.reduce(totals.to(device), reduction="sum")
+        totals = self.accelerator.reduce(totals.to(device), reduction="sum").clamp(min=1)
         return dict(zip(names, totals, strict=True))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -207,7 +207,7 @@ class SparrowTrainer(Trainer):
             for name, value in figures.items():
                 sums[name] = sums.get(name, 0.0) + value.to(self.args.device)
         sums = self._sum_over_processes(sums)
-        means = {name: sums[name] / sums[f"{name} items"] for name in sums if f"{name} items" in sums}
+        means = {name: sums[name] / max(sums[f"{name} items"], 1) for name in sums if f"{name} items" in sums}
         weights = self.forward_options.get("loss_weights")
         if weights is not None:
             means["loss"] = sum(weight * means.get(name, 0.0) for name, weight in weights.items())

@@ -52,7 +52,7 @@ def proposer(checkpoint, data, tmp_path_factory) -> Path:
         tmp_path_factory.mktemp("overfit") / "proposer",
         data=[{"kind": "coco", "annotations": str(data / "boxes.json"), "images": str(data)}],
         augment=False,
-        optimization=steps(150, 3e-3),
+        optimization=steps(250, 3e-3),
     )
     return train_stage(settings)
 
@@ -71,7 +71,7 @@ def assert_learned(final: Path, limits: dict[str, float]):
 
 
 def test_proposer(proposer):
-    assert_learned(proposer, {"objectness_loss": 0.02, "l1_loss": 0.02, "giou_loss": 0.1})
+    assert_learned(proposer, {"objectness_loss": 0.05, "l1_loss": 0.02, "giou_loss": 0.1})
 
 
 def test_target_injection(checkpoint, data, tmp_path):
@@ -83,7 +83,7 @@ def test_target_injection(checkpoint, data, tmp_path):
         data=[{"kind": "records", "path": str(data / "records.jsonl")}],
         lora=None,
         trainable=["host.language_model", "host.spatial_adapter", "host.temporal_adapter", "seg_head", "mask_tracker"],
-        optimization=steps(60, 3e-3),
+        optimization=steps(90, 3e-3),
     )
     assert_learned(train_stage(settings), {"ce_loss": 0.1, "mask_bce_loss": 0.02, "mask_dice_loss": 0.05})
 

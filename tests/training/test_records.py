@@ -180,13 +180,18 @@ def test_the_generated_world_by_number():
     assert [record.question for record in first] == [record.question for record in again]
     assert len(first) == 3 and (first[0].video == again[0].video).all()
     for record in first:
-        assert record.answer.count(f"{BOX_TOKEN} {SEG_TOKEN}") == len(record.targets) == 1
-        assert set(record.targets[0]) <= set(record.objects_by_id)
+        assert record.answer.count(f"{BOX_TOKEN} {SEG_TOKEN}") == len(record.targets)
+        assert {target for targets in record.targets for target in targets} <= set(record.objects_by_id)
+    assert {record.kind for index in range(5) for record in source.read(index, np.random.default_rng(1))} > {"none"}
+    few = SyntheticRecords(world={"height": 64, "width": 64}, size=10, kinds=["colour", "caption"])
+    assert {record.kind for record in few.read(4, np.random.default_rng(1))} <= {"colour", "caption"}
     other = SyntheticRecords(world={"height": 64, "width": 64}, seed=1, size=10).read(4, np.random.default_rng(1))
     assert (other[0].video != first[0].video).any()
 
 
-@pytest.mark.parametrize("arguments", [{"split": "test"}, {"preset": "simple"}, {"world": {"hight": 64}}])
+@pytest.mark.parametrize(
+    "arguments", [{"split": "test"}, {"preset": "simple"}, {"world": {"hight": 64}}, {"kinds": ["color"]}]
+)
 def test_worlds_that_do_not_exist(arguments):
     with pytest.raises(ValueError):
         SyntheticRecords(**arguments)

@@ -176,8 +176,8 @@ def test_tensors_of_another_run_are_refused():
 
 def test_a_batch_of_questions_without_objects(checkpoint, tmp_path):
     """Stage 1 learns to say that nothing fits; stage 2 passes over such questions."""
-    world = {"kind": "synthetic", "preset": "hard", "world": {"height": 64, "width": 64, "kinds": ["none", "colour"]}}
-    nothing = {"data": [world | {"world": world["world"] | {"kinds": ["none"], "num_frames": 4}}]}
+    world = {"height": 64, "width": 64, "num_frames": 4}
+    nothing = {"data": [{"kind": "synthetic", "preset": "hard", "world": world, "kinds": ["none"]}]}
     changes = {"optimization": {"steps": 1, "batch_size": 1}} | nothing
     train_stage(toy_stage("target_injection", checkpoint, tmp_path / "run", **changes))
     assert logged(tmp_path / "run", "ce_loss")[0] > 0
