@@ -1,7 +1,8 @@
 """From scratch, language side of sparrow-tiny: questions to [BOX] and [SEG] embeddings that find the right region.
 
-Stage "text": no visual tokens, the question alone has to pick the region by its SAM2 features. Stage "visual": with
-them, and with attention led to the tokens of the target, which is what makes questions about motion learnable.
+Stage "text": no visual tokens, the question alone has to pick the region by its SAM2 features. Stages "visual" and
+"motion": with them, and with attention led to the tokens of the target, which is what makes questions about motion
+learnable. The second is a second pass over new clips.
 
 Several questions about a clip are packed into one sequence: each sees the clip and itself, and counts its positions
 from the end of the clip, so the result equals one row per question.
@@ -36,10 +37,12 @@ from ..modeling_sparrow import SparrowForVideoGrounding
 from ..region_proposer import RegionProposals
 from .loop import run_stage
 from .pretrain_segmenter import PixelSide, batch_clips, normalize_frames
-from .pretrain_towers import patch_owner, spatial_input, temporal_input
+from .pretrain_towers import DIRECTIONS, patch_owner, spatial_input, temporal_input
 from .tiny_model import WORLD
 from .tiny_tokenizer import ANSWER
 
+# Added to the seed of a run, so that no stage sees the clips of another.
+STREAMS = {"text": 3, "visual": 4, "motion": 6}
 # questions whose answer depends on the first frame or on the whole clip, not on how the object looks in a frame
 FIRST_FRAME_KINDS = ("position", "ordinal", "relation", "motion", "speed", "event", "meeting")
 
@@ -68,6 +71,7 @@ class LanguageSide(nn.Module):
         self.filtration_head = model.model.filtration_head
         size = model.config.prompt_size
         self.box_regressor = nn.Sequential(nn.Linear(size, size), nn.ReLU(), nn.Linear(size, 4))
+        self.motion_classifier = nn.Linear(model.config.text_config.hidden_size, len(DIRECTIONS))
         self.frozen = {"model": model, "processor": processor, "pixels": pixel_side}
 
     @property
@@ -113,15 +117,28 @@ def _prompt_ids(processor: SparrowProcessor, text: str) -> list[int]:
     return processor.prompt_ids(text, "refer")
 
 
+@dataclass
+class LanguageStates:
+    """What the language model makes of `S` packed questions.
+
+    Args:
+        box, seg: `(S, D)` states that predict [BOX] and [SEG].
+        text_loss: of the next token.
+        query: `(S, D)` states of the [BOX] positions as they enter the last layer but one.
+        attention: `(S, heads, prefix)` of these states in that layer onto the shared prefix; in training with video.
+    """
+
+    box: torch.Tensor
+    seg: torch.Tensor
+    text_loss: torch.Tensor
+    query: torch.Tensor
+    attention: torch.Tensor | None = None
+
+
 def language_states(
     side: LanguageSide, clips: list[SyntheticClip], questions: list[Question], with_video: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Run the language model over the packed questions.
-
-    Returns:
-        states `(S, D)` that predict [BOX], states that predict [SEG], next-token loss, and in training with video the
-        attention `(S, heads, prefix)` of the [BOX] states in the last layer but one onto the shared prefix.
-    """
+) -> LanguageStates:
+    """Run the language model over the packed questions."""
     processor, model = side.processor, side.model
     T = len(clips[0].frames)
     prefix = shared_ids(side, T if with_video else 0)
@@ -157,18 +174,18 @@ def language_states(
         inputs_embeds=embeddings,
         attention_mask=mask,
         position_ids=positions,
-        output_hidden_states=[-1],
+        output_hidden_states=True,
         output_attentions=with_video and side.training,
     )
     hidden = output.hidden_states[-1]
-    box_rows, box_columns = zip(*box_at, strict=True)
-    states = hidden[list(box_rows), list(box_columns)]
-    seg_states = hidden[list(box_rows), [column for _, column in seg_at]]
-    loss = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
-    attention = None
-    if with_video and side.training:
-        attention = output.attentions[-2][list(box_rows), :, list(box_columns), : len(prefix)]
-    return states, seg_states, loss, attention
+    rows, columns = (list(places) for places in zip(*box_at, strict=True))
+    return LanguageStates(
+        box=hidden[rows, columns],
+        seg=hidden[rows, [column for _, column in seg_at]],
+        text_loss=F.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100),
+        query=output.hidden_states[-3][rows, columns],
+        attention=output.attentions[-2][rows, :, columns, : len(prefix)] if with_video and side.training else None,
+    )
 
 
 def _embed(side: LanguageSide, ids: torch.Tensor, clips: list[SyntheticClip], with_video: bool) -> torch.Tensor:
@@ -251,9 +268,9 @@ def filter_loss(
 def language_step(
     step: int, side: LanguageSide, world: WorldConfig, clips: int, per_clip: int, seed: int, with_video: bool
 ) -> dict[str, torch.Tensor]:
-    rng = np.random.default_rng([seed, 4 if with_video else 3, step])
+    rng = np.random.default_rng([seed, step])
     torch.manual_seed(seed * 1_000_003 + step)
-    batch = batch_clips(step, clips, seed + (4 if with_video else 3), world)
+    batch = batch_clips(step, clips, seed, world)
     frame = 0 if rng.random() < 0.8 else int(rng.integers(world.num_frames))
     kinds = tuple(kind for kind in world.kinds if frame == 0 or kind not in FIRST_FRAME_KINDS)
     if not with_video:
@@ -262,23 +279,24 @@ def language_step(
     # what only the video tells is learned last: ask for it most
     questions = draw_questions(side, batch, per_clip, rng, kinds, favoured="motion" if with_video else None)
     questions = [q for q in questions if batch[q.clip].visibility[q.target, frame] > 0.3]
-    states, seg_states, text_loss, attention = language_states(side, batch, questions, with_video)
+    states = language_states(side, batch, questions, with_video)
     clip_of = [q.clip for q in questions]
     targets = torch.stack([boxes[q.clip][q.target] for q in questions])
     pyramid, proposals = frozen_pixels(side, batch, frame)
     if rng.random() < 0.6:
         proposals = add_true_boxes(proposals, boxes)
-    tokens = side.box_head(states)
+    tokens = side.box_head(states.box)
     losses = filter_loss(side, filter_scores(side, tokens, clip_of, proposals, pyramid), proposals, clip_of, targets)
-    losses["text"] = text_loss
-    losses["seg"] = seg_loss(side, side.seg_head(seg_states), batch, questions, frame, pyramid)
-    loss = losses["filter"] + losses["ranking"] + losses["box"] + 0.2 * text_loss + 0.5 * losses["seg"]
+    losses["text"] = states.text_loss
+    losses["seg"] = seg_loss(side, side.seg_head(states.seg), batch, questions, frame, pyramid)
+    loss = losses["filter"] + losses["ranking"] + losses["box"] + 0.2 * losses["text"] + 0.5 * losses["seg"]
     if with_video:
         if frame == 0:
             losses["regressor"] = F.l1_loss(side.box_regressor(tokens).sigmoid(), xyxy_to_cxcywh(targets)) * 4
             loss = loss + 1.5 * losses["regressor"]
-        losses["attention"] = attention_loss(side, attention, batch, questions)
-        loss = loss + 0.4 * losses["attention"]
+        losses["attention"] = attention_loss(side, states.attention, batch, questions)
+        losses["words"] = motion_words_loss(side, states.query, batch, questions)
+        loss = loss + 0.4 * losses["attention"] + 0.5 * losses["words"]
     return {"loss": loss, **losses}
 
 
@@ -342,6 +360,23 @@ def attention_loss(
     return -torch.log(torch.cat([on_temporal, on_spatial], dim=1) + 1e-4).mean() / math.log(10)
 
 
+def motion_words_loss(
+    side: LanguageSide, query: torch.Tensor, clips: list[SyntheticClip], questions: list[Question]
+) -> torch.Tensor:
+    """Cross-entropy of the direction that a question about motion asks for: what looks for the target must know it."""
+    targets = [clips[q.clip].objects[q.target] for q in questions]
+    asked = [
+        DIRECTIONS.index(thing.direction)
+        if q.expression.kind == "motion" and thing.action == "straight" and not thing.bounces
+        else -1
+        for q, thing in zip(questions, targets, strict=True)
+    ]
+    labels = torch.tensor(asked)
+    if (labels < 0).all():
+        return query.sum() * 0.0
+    return F.cross_entropy(side.motion_classifier(query), labels, ignore_index=-1)
+
+
 def evaluate_language(
     side: LanguageSide, world: WorldConfig, seed: int, with_video: bool, clips: int = 48
 ) -> dict[str, float]:
@@ -352,9 +387,9 @@ def evaluate_language(
         batch = batch_clips(start // 16, 16, seed + 5, world, split="validation")
         questions = draw_questions(side, batch, 6, rng, world.kinds)
         questions = [q for q in questions if batch[q.clip].visibility[q.target, 0] > 0.3]
-        states, *_ = language_states(side, batch, questions, with_video)
+        states = language_states(side, batch, questions, with_video)
         pyramid, proposals = frozen_pixels(side, batch, 0)
-        output = filter_scores(side, side.box_head(states), [q.clip for q in questions], proposals, pyramid)
+        output = filter_scores(side, side.box_head(states.box), [q.clip for q in questions], proposals, pyramid)
         boxes = true_boxes(batch, 0)
         for question, confidence, refined in zip(questions, output.confidence, output.boxes, strict=True):
             overlap = pairwise_iou(refined[confidence.argmax()][None], boxes[question.clip])[0].nan_to_num()
@@ -368,13 +403,15 @@ def train_language_stage(
     model: SparrowForVideoGrounding,
     processor: SparrowProcessor,
     output: Path,
+    stage: str,
     steps: int,
-    with_video: bool,
     clips: int,
     seed: int = 0,
 ):
-    """Stages "text" and "visual": language model, token heads, filtration head; with video also the adapters."""
-    torch.manual_seed(seed + (4 if with_video else 3))
+    """Stages "text", "visual" and "motion": language model, token heads, filtration head; with video the adapters."""
+    with_video = stage != "text"
+    seed += STREAMS[stage]
+    torch.manual_seed(seed)
     world = PRESETS[WORLD]
     pixels = PixelSide(model, world)
     weights = output / "image.safetensors"
@@ -386,11 +423,12 @@ def train_language_stage(
     side.adapters.requires_grad_(with_video)
     if with_video:  # attention weights are supervised
         side.language_model.set_attn_implementation("eager")
+    if stage == "visual":
         for adapter in side.adapters:  # visual tokens enter quietly
             with torch.no_grad():
                 adapter.fc2.weight.mul_(0.1)
     run_stage(
-        "visual" if with_video else "text",
+        stage,
         side,
         functools.partial(
             language_step, side=side, world=world, clips=clips, per_clip=6, seed=seed, with_video=with_video

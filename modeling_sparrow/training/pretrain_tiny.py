@@ -2,8 +2,8 @@
 
     python -m modeling_sparrow.training.pretrain_tiny --output runs/tiny
 
-Stages: image (segmenter, proposer, region features), video (memory), towers, text, visual. Each can be interrupted and
-goes on where it stopped; `video` and `towers` do not depend on each other and may run in two processes.
+Stages: image (segmenter, proposer, region features), video (memory), towers, text, visual, motion. Each can be
+interrupted and goes on where it stopped; `video` and `towers` do not depend on each other and may run side by side.
 """
 
 import argparse
@@ -29,7 +29,22 @@ from .tiny_tokenizer import build_tokenizer
 logger = logging.getLogger(__name__)
 
 # stage: (default steps, clips per step)
-STAGES = {"image": (1600, 16), "video": (700, 8), "towers": (900, 16), "text": (400, 16), "visual": (700, 16)}
+STAGES = {
+    "image": (1600, 16),
+    "video": (700, 8),
+    "towers": (900, 16),
+    "text": (400, 16),
+    "visual": (500, 16),
+    "motion": (400, 16),
+}
+NEEDED = {
+    "image": [],
+    "video": ["image"],
+    "towers": [],
+    "text": ["image"],
+    "visual": ["image", "towers", "text"],
+    "motion": ["image", "towers", "text", "visual"],
+}
 
 
 def new_model(seed: int) -> tuple[SparrowForVideoGrounding, SparrowProcessor]:
@@ -81,8 +96,7 @@ def is_finished(output: Path, stage: str, steps: int) -> bool:
 def train_stage(stage: str, output: Path, steps: int, seed: int):
     """Run one stage on top of the finished ones it needs."""
     model, processor = new_model(seed)
-    needed = {"image": [], "video": ["image"], "towers": [], "text": ["image"], "visual": ["image", "towers", "text"]}
-    for earlier in needed[stage]:
+    for earlier in NEEDED[stage]:
         if not (output / f"{earlier}.safetensors").exists():
             raise FileNotFoundError(f"Stage {stage!r} needs stage {earlier!r}: run it first.")
         load_stage(model, output, earlier)
@@ -95,7 +109,7 @@ def train_stage(stage: str, output: Path, steps: int, seed: int):
     elif stage == "towers":
         train_tower_stage(model, output, steps, clips, seed)
     else:
-        train_language_stage(model, processor, output, steps, stage == "visual", clips, seed)
+        train_language_stage(model, processor, output, stage, steps, clips, seed)
     logger.info("%s: %d steps in %.0f s", stage, steps, time.time() - began)
 
 
