@@ -1,4 +1,4 @@
-"""The command `sparrow`: ground, info, export, convert; evaluation and training add their own."""
+"""The command `sparrow`: ground, demo, info, export, convert; evaluation and training add their own."""
 
 import argparse
 import json
@@ -34,6 +34,13 @@ def build_parser() -> argparse.ArgumentParser:
     ground.add_argument("--json", default=None, metavar="FILE", help="also write the result here; - prints it")
     ground.add_argument("--no-overlay", action="store_true", help="do not write overlay.mp4 and overlay.png")
     ground.set_defaults(run=run_ground)
+
+    demo = commands.add_parser("demo", help="ask in the browser (needs the extra demo)")
+    demo.add_argument("--model", default=None, help="folder or Hub id (default: the embedded sparrow-tiny)")
+    demo.add_argument("--device", default=None, help="cpu, cuda, mps (default: the best there is)")
+    demo.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    demo.add_argument("--port", type=int, default=None, help="default: the first free one from 7860 on")
+    demo.set_defaults(run=run_demo)
 
     info = commands.add_parser("info", help="say what a checkpoint is")
     info.add_argument("model", nargs="?", default=None)
@@ -251,7 +258,21 @@ def _report(result, folder: Path, overlay: bool):
     print(f"written: {folder}{os.sep}{files}", file=sys.stderr)
 
 
-# ---------------------------------------------------------------------- info, export, convert
+# ---------------------------------------------------------------------- demo, info, export, convert
+
+
+def run_demo(options: argparse.Namespace) -> int:
+    try:
+        from sparrow_space.interface import serve
+    except ImportError as error:
+        raise ValueError(
+            f"{error}. The demo needs more packages: pip install 'sparrow-video-grounding[demo]'."
+        ) from error
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # gradio asks itself whether it is there
+    model, processor = load_model(options.model, options.device, options.dtype)
+    name = Path(options.model).name if options.model else "sparrow-tiny"
+    serve(model, processor, name, server_port=options.port)
+    return 0
 
 
 def run_info(options: argparse.Namespace) -> int:

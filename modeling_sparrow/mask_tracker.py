@@ -66,6 +66,8 @@ class FrameMasks(ModelOutput):
         score: `(N,)` confidence in [0, 1]: probability that the object is there times predicted IoU of its mask.
         object_logits: `(N,)` logit of the object being there.
         pointer: `(N, D)` object pointer for the memory.
+        reprompt_boxes: `(N, 4)` normalised xyxy that prompted an object again on this frame, NaN for the others; None
+            if none was.
     """
 
     frame_index: int | None = None
@@ -75,6 +77,7 @@ class FrameMasks(ModelOutput):
     score: torch.Tensor | None = None
     object_logits: torch.Tensor | None = None
     pointer: torch.Tensor | None = None
+    reprompt_boxes: torch.Tensor | None = None
 
     def by_owner(self, owners: list[tuple[int, int]]) -> dict[int, "FrameMasks"]:
         """Split by owner; `owners[o]` names the owner of object `o` and its place among the owner's objects."""
@@ -87,6 +90,7 @@ class FrameMasks(ModelOutput):
                 frame_index=self.frame_index,
                 objects=[owners[self.objects[row]][1] for row in own],
                 **{name: self[name][own] for name in tensors},
+                reprompt_boxes=None if self.reprompt_boxes is None else self.reprompt_boxes[own],
             )
             for owner, own in rows.items()
         }
@@ -586,6 +590,9 @@ class MaskTracker(SparrowPreTrainedModel):
         better = again.score > masks.score[rows]
         for name in ("logits", "raw_logits", "score", "object_logits", "pointer"):
             masks[name] = masks[name].index_copy(0, rows[better], again[name][better])
+        if better.any():
+            nowhere = prompt.boxes.new_full((len(masks.score), 4), torch.nan)
+            masks.reprompt_boxes = nowhere.index_copy(0, rows[better], prompt.boxes[better])
         return masks
 
     def _decode_every_frame(

@@ -1,6 +1,6 @@
 """What the models return."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from transformers import Cache
@@ -207,6 +207,8 @@ class GroundedObject:
 class GroundingOutput:
     """Answers of `ground`.
 
+    It fills up as `ground_iter` runs: the text first, then what was located, then the scores of frame after frame.
+
     Args:
         sequences: `(B, L)` generated ids, prompt removed.
         objects: for each row its [`GroundedObject`]s, in the order of the tokens.
@@ -214,11 +216,15 @@ class GroundingOutput:
         warnings: for each row, sentences about tokens that could not be paired.
         timings: seconds spent in `generate`, `locate` and `propagate`.
         metadata: for each row what the processor said about it.
+        located: for each row, where each of its [BOX] tokens was found, with the proposals it chose from.
+        tracked: for each row, what prompted each of its objects.
     """
 
-    sequences: torch.LongTensor
-    objects: list[list[GroundedObject]]
-    num_frames: list[int]
-    warnings: list[list[str]]
-    timings: dict[str, float]
+    sequences: torch.LongTensor | None = None
+    objects: list[list[GroundedObject]] = field(default_factory=list)
+    num_frames: list[int] = field(default_factory=list)
+    warnings: list[list[str]] = field(default_factory=list)
+    timings: dict[str, float] = field(default_factory=dict)
     metadata: list | None = None
+    located: list[list[LocatedBoxes]] = field(default_factory=list)
+    tracked: list[list[TrackedObject]] = field(default_factory=list)

@@ -667,6 +667,7 @@ class SparrowForVideoGrounding(SparrowPreTrainedModel, GenerationMixin):
         original_sizes: torch.Tensor | None = None,
         metadata: list | None = None,
         keep_logits: bool = False,
+        output: GroundingOutput | None = None,
         **generate_kwargs,
     ) -> Generator[tuple[int, FrameMasks], None, GroundingOutput]:
         """`ground` step by step: yields the row and the masks of each frame, returns the output.
@@ -679,6 +680,7 @@ class SparrowForVideoGrounding(SparrowPreTrainedModel, GenerationMixin):
             proposer_pixel_values, original_sizes: as in `forward`.
             metadata: one item per row, handed through to the output for the processor.
             keep_logits: the output holds the mask logits of every frame.
+            output: filled in and returned; who passes one has what is known when stopping early.
             generate_kwargs: pixel inputs of the towers and everything else `generate` takes; by default greedy and as
                 many new tokens as the checkpoint's generation config says, else 128.
         """
@@ -696,25 +698,20 @@ class SparrowForVideoGrounding(SparrowPreTrainedModel, GenerationMixin):
         # the state of step k predicts generated token k
         states = torch.stack([step[-1][:, -1] for step in generated.hidden_states], dim=1)  # (B, L, D)
         answers = [self._read_answer(ids, state) for ids, state in zip(sequences, states, strict=True)]
-        timings = {"generate": time.perf_counter() - began, "locate": 0.0, "propagate": 0.0}
         streams = self._streams(mask_pixel_values, num_mask_frames, frames)
         rows = list(range(len(input_ids))) if video_index is None else video_index.tolist()
-        objects: list[list[GroundedObject]] = [[] for _ in answers]
+        output = GroundingOutput() if output is None else output
+        output.sequences, output.metadata = sequences, metadata
+        output.timings = {"generate": time.perf_counter() - began, "locate": 0.0, "propagate": 0.0}
+        output.warnings = [answer.warnings for answer in answers]
+        output.num_frames = [len(streams[index]) if 0 <= index < len(streams) else 0 for index in rows]
+        output.objects, output.located, output.tracked = ([[] for _ in answers] for _ in range(3))
         for video, stream in enumerate(streams):
             own = {row: answers[row] for row, index in enumerate(rows) if index == video and answers[row].positions}
             pixels = None if proposer_pixel_values is None else proposer_pixel_values[video : video + 1]
             size = None if original_sizes is None else tuple(original_sizes[video].tolist())
-            found = yield from self._ground_video(own, stream, pixels, size, keep_logits, timings)
-            for row in own:
-                objects[row] = found[row]
-        return GroundingOutput(
-            sequences=sequences,
-            objects=objects,
-            num_frames=[len(streams[index]) if 0 <= index < len(streams) else 0 for index in rows],
-            warnings=[answer.warnings for answer in answers],
-            timings=timings,
-            metadata=metadata,
-        )
+            yield from self._ground_video(own, stream, pixels, size, keep_logits, output)
+        return output
 
     def _check_generation(self, options: dict):
         """Options of `generate`, completed in place by the longest answer."""
@@ -741,13 +738,12 @@ class SparrowForVideoGrounding(SparrowPreTrainedModel, GenerationMixin):
         proposer_pixel_values: torch.Tensor | None,
         original_size: tuple[int, int] | None,
         keep_logits: bool,
-        timings: dict[str, float],
-    ) -> Generator[tuple[int, FrameMasks], None, dict[int, list[GroundedObject]]]:
+        output: GroundingOutput,
+    ) -> Iterator[tuple[int, FrameMasks]]:
         """Boxes and masks for all rows that ask about one video; each frame is encoded once for all of them."""
         began = time.perf_counter()
         pyramids = self.model.mask_tracker.encode_video(stream)
         objects: list[TrackedObject] = []
-        grounded: dict[int, list[GroundedObject]] = {row: [] for row in answers}
         owners: list[tuple[int, int]] = []  # (row, place among the objects of the row) of each object
         queries: list[torch.Tensor] = []  # its [BOX] embedding, if it has one
         for row, answer in answers.items():
@@ -759,25 +755,27 @@ class SparrowForVideoGrounding(SparrowPreTrainedModel, GenerationMixin):
             answer.warnings += self._doubts(located)
             if original_size is not None and located:
                 self._apply_box_prior(located, pyramids.at(0), original_size)
+            output.located[row] = located
+            grounded = output.objects[row]
             seg_tokens = self._mask_queries(answer.box, answer.seg, located)
             for token, tracked in enumerate(self.tracked_objects(seg_tokens, located)):
                 place = located[min(token, len(located) - 1)] if located else None
                 for k, item in enumerate(tracked):
-                    owners.append((row, len(grounded[row])))
+                    owners.append((row, len(grounded)))
                     objects.append(item)
-                    grounded[row].append(GroundedObject.start(answer.positions[token], item, place, k, len(stream)))
+                    output.tracked[row].append(item)
+                    grounded.append(GroundedObject.start(answer.positions[token], item, place, k, len(stream)))
                     if place is not None:
                         queries.append(box_tokens[min(token, len(box_tokens) - 1)])
-        timings["locate"] += time.perf_counter() - began
+        output.timings["locate"] += time.perf_counter() - began
         began = time.perf_counter()
         box_embeddings = torch.stack(queries) if queries and len(queries) == len(objects) else None
         for masks in self.propagate(pyramids, objects, box_embeddings):
             for row, own in masks.by_owner(owners).items():
                 for position, place in enumerate(own.objects):
-                    grounded[row][place].record(own, position, keep_logits)
+                    output.objects[row][place].record(own, position, keep_logits)
                 yield row, own
-        timings["propagate"] += time.perf_counter() - began
-        return grounded
+        output.timings["propagate"] += time.perf_counter() - began
 
     def _doubts(self, located: list[LocatedBoxes]) -> list[str]:
         """A sentence about tokens whose best box is taken although its confidence is under the threshold."""

@@ -16,15 +16,21 @@ from tqdm import tqdm
 from .errors import ExportError
 from .video_io import VideoReader
 
-# RGB, chosen one after the other as far as possible from those before in CIE Lab, neither near black nor near white.
+# RGB. The first seven are the colours of Okabe and Ito ("Color Universal Design", 2008), which people with any of the
+# common colour-vision deficiencies tell apart; the others lie far from them and from each other.
 PALETTE = (
+    (213, 94, 0),
+    (0, 114, 178),
+    (0, 158, 115),
+    (240, 228, 66),
+    (204, 121, 167),
+    (86, 180, 233),
+    (230, 159, 0),
     (255, 60, 60),
     (30, 75, 255),
     (0, 220, 60),
-    (255, 210, 0),
     (255, 0, 240),
     (30, 195, 210),
-    (255, 135, 0),
     (150, 60, 180),
     (45, 120, 0),
     (255, 165, 240),
@@ -32,13 +38,12 @@ PALETTE = (
     (0, 255, 165),
     (240, 0, 135),
     (165, 225, 45),
-    (0, 105, 195),
-    (210, 225, 150),
-    (240, 135, 135),
-    (0, 165, 120),
-    (240, 180, 90),
     (150, 75, 120),
 )
+
+# How contour and box of an object are drawn, so that objects can be told apart without their colour. The names are
+# also CSS border styles.
+OUTLINES = ("solid", "dashed", "dotted", "double")
 
 MASK_OPACITY = 0.45
 # Ticks per second of a written video: exact for the usual frame rates, within 6 µs of any other time.
@@ -64,10 +69,15 @@ def object_color(object_id: int) -> tuple[int, int, int]:
     return PALETTE[object_id % len(PALETTE)]
 
 
+def object_outline(object_id: int) -> str:
+    """One of `OUTLINES`, the same in every picture; neighbouring ids differ."""
+    return OUTLINES[object_id % len(OUTLINES)]
+
+
 def draw_overlay(
     frame: np.ndarray, masks: np.ndarray, boxes: np.ndarray, labels: Sequence[str], ids: Sequence[int]
 ) -> np.ndarray:
-    """Draws every object as a translucent mask with a contour, a box, and a label with its id.
+    """Draws every object as a translucent mask, its contour and box in the outline of the object, and a label.
 
     Args:
         frame: (H, W, 3) uint8 RGB; not changed.
@@ -92,14 +102,15 @@ def draw_overlay(
     line = max(1, round(min(height, width) / 360))
     picture = frame.copy()
     for mask, object_id in zip(masks, ids, strict=True):
-        _paint_mask(picture, mask, object_color(object_id), contour=min(line, 2))
-    image = Image.fromarray(picture)
-    draw = ImageDraw.Draw(image)
+        _paint_mask(picture, mask, object_color(object_id), object_outline(object_id), min(line, 2))
     for box, object_id in zip(boxes, ids, strict=True):
         if np.isfinite(box).all():
-            # PIL includes the last pixel of a rectangle, the box does not.
-            x0, y0, x1, y1 = np.rint(np.clip(box, 0, [width, height, width, height]))
-            draw.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=object_color(object_id), width=line)
+            x0, y0, x1, y1 = np.rint(np.clip(box, 0, [width, height, width, height])).astype(int)
+            region = picture[y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)]
+            inside = np.ones(region.shape[:2], dtype=bool)
+            region[_outline(inside, object_outline(object_id), line)] = object_color(object_id)
+    image = Image.fromarray(picture)
+    draw = ImageDraw.Draw(image)
     plates = []
     for box, mask, label, object_id in zip(boxes, masks, labels, ids, strict=True):  # last: no box crosses a label
         corner = _top_left(box, mask)
@@ -110,19 +121,37 @@ def draw_overlay(
     return np.asarray(image)
 
 
-def _paint_mask(picture: np.ndarray, mask: np.ndarray, color: tuple[int, int, int], contour: int) -> None:
-    """Tints `picture` in place where `mask` is set and draws its inner edge, `contour` pixels wide."""
+def _paint_mask(picture: np.ndarray, mask: np.ndarray, color: tuple[int, int, int], outline: str, width: int) -> None:
+    """Tints `picture` in place where `mask` is set and draws its inner edge, `width` pixels wide."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if rows.size == 0:
         return
     window = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     mask, region = mask[window], picture[window]
     region[mask] = np.rint(region[mask] * (1 - MASK_OPACITY) + np.array(color) * MASK_OPACITY).astype(np.uint8)
-    inner = mask
-    for _ in range(contour):
-        padded = np.pad(inner, 1)
-        inner = inner & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
-    region[mask & ~inner] = color
+    region[_outline(mask, outline, width)] = color
+
+
+def _outline(mask: np.ndarray, outline: str, width: int) -> np.ndarray:
+    """The inner edge of a mask (H, W), `width` pixels wide, as one of `OUTLINES`: bool (H, W)."""
+    inner = _eroded(mask, width)
+    edge = mask & ~inner
+    if outline == "solid":
+        return edge
+    if outline == "double":
+        gap = _eroded(inner, width)
+        return edge | (gap & ~_eroded(gap, width))
+    rows, columns = np.indices(mask.shape, sparse=True)
+    dash, space = (6 * width, 4 * width) if outline == "dashed" else (2 * width, 2 * width)
+    return edge & ((rows + columns) % (dash + space) < dash)
+
+
+def _eroded(mask: np.ndarray, steps: int) -> np.ndarray:
+    """The mask without the pixels at most `steps` from its edge; the picture's border counts as edge."""
+    for _ in range(steps):
+        padded = np.pad(mask, 1)
+        mask = mask & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    return mask
 
 
 def _top_left(box: np.ndarray, mask: np.ndarray) -> tuple[float, float] | None:

@@ -6,6 +6,7 @@ import re
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -218,7 +219,8 @@ def _open_path(source: str | os.PathLike, limits: VideoLimits, strict: bool, clo
         return _open_folder(path, limits, clock)
     if not stat.S_ISREG(info.st_mode):
         raise VideoReadError(f"{path!r}: neither a regular file nor a folder (a pipe, socket or device)")
-    return _open_file(lambda: _binary(path), repr(path), info.st_size, limits, strict, clock, path)
+    # No lambda: the reader of a file can then go to another process.
+    return _open_file(partial(_binary, path), repr(path), info.st_size, limits, strict, clock, path)
 
 
 @contextmanager

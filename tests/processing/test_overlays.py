@@ -8,7 +8,16 @@ import pytest
 from PIL import Image
 
 from sparrow_processing.errors import ExportError
-from sparrow_processing.overlays import PALETTE, VideoWriter, draw_overlay, film_strip, object_color, write_overlay
+from sparrow_processing.overlays import (
+    OUTLINES,
+    PALETTE,
+    VideoWriter,
+    draw_overlay,
+    film_strip,
+    object_color,
+    object_outline,
+    write_overlay,
+)
 from sparrow_processing.results import GroundingResult
 from sparrow_processing.video_io import open_video
 
@@ -31,11 +40,51 @@ def test_palette_colors_are_distinct():
     assert object_color(3) == PALETTE[3] == object_color(3 + len(PALETTE))
 
 
+# Machado, Oliveira and Fernandes, "A Physiologically-based Model for Simulation of Color Vision Deficiency" (2009),
+# severity 1.0, for linear RGB.
+DEFICIENCIES = {
+    "protanopia": [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]],
+    "deuteranopia": [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]],
+    "tritanopia": [[1.256, -0.077, -0.179], [-0.078, 0.931, 0.148], [0.005, 0.691, 0.304]],
+}
+
+
+def to_lab(linear):
+    """CIE Lab of linear sRGB (n, 3), white point D65."""
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    xyz = linear @ to_xyz.T / [0.9505, 1.0, 1.089]
+    f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.stack([116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], axis=1)
+
+
+@pytest.mark.parametrize("deficiency", DEFICIENCIES)
+def test_first_colors_are_told_apart_without_full_colour_vision(deficiency):
+    colors = np.array(PALETTE[:7]) / 255
+    linear = np.where(colors <= 0.04045, colors / 12.92, ((colors + 0.055) / 1.055) ** 2.4)
+    lab = to_lab(np.clip(linear @ np.array(DEFICIENCIES[deficiency]).T, 0, 1))
+    distances = np.linalg.norm(lab[:, None] - lab[None], axis=2) + 1000 * np.eye(7)
+    assert distances.min() > 15  # 2.3 is a just noticeable difference
+
+
+def test_outlines_are_told_apart_without_colour():
+    frame, mask = np.zeros((200, 300, 3), dtype=np.uint8), square_mask(200, 300, 80, 50, 60)
+    edges = []
+    for number, name in enumerate(OUTLINES):
+        drawn = draw_overlay(frame, mask[None], NO_BOX, [""], [number])
+        edges.append((drawn == object_color(number)).all(axis=2) & mask)
+        assert object_outline(number) == object_outline(number + len(OUTLINES)) == name
+    solid, dashed, dotted, double = (int(edge.sum()) for edge in edges)
+    assert solid == 60**2 - 58**2 and double == solid + 56**2 - 54**2
+    assert dotted < dashed < solid
+    for edge in (edges[1], edges[2]):
+        assert not (edge & ~edges[0]).any()
+
+
 def test_mask_is_tinted_and_has_a_contour():
     frame = np.full((200, 300, 3), 100, dtype=np.uint8)
     mask = square_mask(200, 300, 80, 50, 40)
-    drawn = draw_overlay(frame, mask[None], NO_BOX, [""], [1])
-    color = np.array(object_color(1))
+    drawn = draw_overlay(frame, mask[None], NO_BOX, [""], [4])  # one with a solid outline
+    color = np.array(object_color(4))
     np.testing.assert_allclose(drawn[100, 70].astype(int), 100 * 0.55 + color * 0.45, atol=1)
     for place in ((80, 70), (119, 70), (100, 50), (100, 89)):
         assert drawn[place].tolist() == color.tolist()
