@@ -152,6 +152,16 @@ class AnswerTokens:
     positions: list[int]
     warnings: list[str]
 
+    def warn_of_weak_boxes(self, located: list[LocatedBoxes], threshold: float):
+        """Adds a sentence about tokens whose best box is taken although its confidence is under the threshold."""
+        best = [place.scores.max().item() for place in located if len(place.scores)]
+        weak = [score for score in best if score < threshold]
+        if weak:
+            self.warnings.append(
+                f"{len(weak)} of {len(best)} objects: nothing reached the score threshold {threshold:g}, the best "
+                f"region was taken (score {max(weak):.2f})."
+            )
+
 
 @dataclass
 class GroundedObject:

@@ -752,7 +752,7 @@ class SparrowForVideoGrounding(SparrowPreTrainedModel, GenerationMixin):
             broken = sum(place.drop_broken_boxes() for place in located)
             if broken:
                 answer.warnings.append(f"{broken} of the boxes found are not finite or inverted and were dropped.")
-            answer.warnings += self._doubts(located)
+            answer.warn_of_weak_boxes(located, self.config.filtration_config.score_threshold)
             if original_size is not None and located:
                 self._apply_box_prior(located, pyramids.at(0), original_size)
             output.located[row] = located
@@ -776,18 +776,6 @@ class SparrowForVideoGrounding(SparrowPreTrainedModel, GenerationMixin):
                     output.objects[row][place].record(own, position, keep_logits)
                 yield row, own
         output.timings["propagate"] += time.perf_counter() - began
-
-    def _doubts(self, located: list[LocatedBoxes]) -> list[str]:
-        """A sentence about tokens whose best box is taken although its confidence is under the threshold."""
-        threshold = self.config.filtration_config.score_threshold
-        best = [place.scores.max().item() for place in located if len(place.scores)]
-        weak = [score for score in best if score < threshold]
-        if not weak:
-            return []
-        return [
-            f"{len(weak)} of {len(best)} objects: nothing reached the score threshold {threshold:g}, the best region "
-            f"was taken (score {max(weak):.2f})."
-        ]
 
     def _read_answer(self, ids: torch.Tensor, states: torch.Tensor) -> AnswerTokens:
         """[BOX] and [SEG] embeddings of one generated answer, `ids` `(L,)` and `states` `(L, D)`.
