@@ -98,8 +98,8 @@ def measure(model, processor, path: Path, num_frames: int) -> dict[str, int]:
 @pytest.mark.parametrize("prompted", ["first", "last"])
 def test_memory_does_not_grow_with_the_clip(prompted, answering, tmp_path, monkeypatch):
     model, processor = load_model(str(answering), "cpu")
-    if prompted == "last":  # all the way back through the video
-        monkeypatch.setattr(model, "candidate_frames", lambda num_frames: [num_frames - 1])
+    # the last one: all the way back through the video
+    monkeypatch.setattr(model, "candidate_frames", lambda num_frames: [0 if prompted == "first" else num_frames - 1])
     paths = {
         count: write_clip(tmp_path / f"{count}.mp4", count=count, width=WIDTH, height=HEIGHT, gop=12)
         for count in (4, 20, 100)

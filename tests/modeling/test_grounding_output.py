@@ -41,7 +41,7 @@ def test_an_answer_without_tokens_locates_nothing(shared_model, processor):
     assert output.objects == output.located == output.tracked == [[]] and output.num_frames == [4]
 
 
-@pytest.mark.parametrize("seed, is_better", [(0, False), (3, True)])
+@pytest.mark.parametrize("seed, is_better", [(1, False), (2, True)])
 def test_masks_tell_where_an_object_was_prompted_again(processor, seed, is_better):
     """On every later frame with a threshold that no score reaches, but only where the new mask was taken."""
     inputs = processor(text="the ring", videos=random_clip(6))

@@ -55,6 +55,17 @@ def trained_tensors(output: Path) -> dict[str, torch.Tensor]:
     return load_file(newest / "trained.safetensors")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Sums over several threads may differ in the last bit from run to run, and these tests compare bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # of the processes that tests start
+        yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def injected(checkpoint, tmp_path_factory) -> Path:
     """Output of a toy stage 1: an adapter."""
