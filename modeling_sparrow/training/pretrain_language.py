@@ -37,7 +37,15 @@ from ..modeling_sparrow import SparrowForVideoGrounding
 from ..region_proposer import RegionProposals
 from .loop import run_stage
 from .pretrain_segmenter import PixelSide, batch_clips, normalize_frames
-from .pretrain_towers import DIRECTIONS, patch_owner, spatial_input, temporal_input
+from .pretrain_towers import (
+    DIRECTIONS,
+    box_distance,
+    patch_owner,
+    patch_targets,
+    spatial_input,
+    temporal_input,
+    tubelet_owners,
+)
 from .tiny_model import WORLD
 from .tiny_tokenizer import ANSWER
 
@@ -71,7 +79,9 @@ class LanguageSide(nn.Module):
         self.filtration_head = model.model.filtration_head
         size = model.config.prompt_size
         self.box_regressor = nn.Sequential(nn.Linear(size, size), nn.ReLU(), nn.Linear(size, 4))
-        self.motion_classifier = nn.Linear(model.config.text_config.hidden_size, len(DIRECTIONS))
+        size = model.config.text_config.hidden_size
+        self.motion_classifier = nn.Linear(size, len(DIRECTIONS))
+        self.patch_heads = nn.ModuleDict({"box": nn.Linear(size, 4), "direction": nn.Linear(size, len(DIRECTIONS))})
         self.frozen = {"model": model, "processor": processor, "pixels": pixel_side}
 
     @property
@@ -125,13 +135,15 @@ class LanguageStates:
         box, seg: `(S, D)` states that predict [BOX] and [SEG].
         text_loss: of the next token.
         query: `(S, D)` states of the [BOX] positions as they enter the last layer but one.
-        attention: `(S, heads, prefix)` of these states in that layer onto the shared prefix; in training with video.
+        clips: `(C, prefix, D)` states of the shared prefix of each clip as they enter that layer.
+        attention: `(S, heads, prefix)` of the [BOX] states in that layer onto the prefix; in training with video.
     """
 
     box: torch.Tensor
     seg: torch.Tensor
     text_loss: torch.Tensor
     query: torch.Tensor
+    clips: torch.Tensor
     attention: torch.Tensor | None = None
 
 
@@ -184,6 +196,7 @@ def language_states(
         seg=hidden[rows, [column for _, column in seg_at]],
         text_loss=F.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100),
         query=output.hidden_states[-3][rows, columns],
+        clips=output.hidden_states[-3][:, : len(prefix)],
         attention=output.attentions[-2][rows, :, columns, : len(prefix)] if with_video and side.training else None,
     )
 
@@ -296,7 +309,8 @@ def language_step(
             loss = loss + 1.5 * losses["regressor"]
         losses["attention"] = attention_loss(side, states.attention, batch, questions)
         losses["words"] = motion_words_loss(side, states.query, batch, questions)
-        loss = loss + 0.4 * losses["attention"] + 0.5 * losses["words"]
+        losses["patches"] = patch_loss(side, states.clips, batch)
+        loss = loss + 0.4 * losses["attention"] + 0.5 * losses["words"] + 0.5 * losses["patches"]
     return {"loss": loss, **losses}
 
 
@@ -375,6 +389,18 @@ def motion_words_loss(
     if (labels < 0).all():
         return query.sum() * 0.0
     return F.cross_entropy(side.motion_classifier(query), labels, ignore_index=-1)
+
+
+def patch_loss(side: LanguageSide, states: torch.Tensor, clips: list[SyntheticClip]) -> torch.Tensor:
+    """Where the object of each temporal token is and how it moves, from the states `(C, prefix, D)` that attention
+    reads: an answer can only point to a place that these still tell."""
+    config = side.model.config.temporal_config
+    count = (len(clips[0].frames) // config.tubelet_size) * (config.image_size // config.patch_size) ** 2
+    features = states[:, -count:].flatten(0, 1)
+    owners = tubelet_owners(clips, config.patch_size, config.tubelet_size)
+    distance = box_distance(side.patch_heads["box"](features), patch_targets(owners, "box", None))
+    directions = patch_targets(owners, "direction", DIRECTIONS)
+    return 10 * distance + F.cross_entropy(side.patch_heads["direction"](features), directions, ignore_index=-1)
 
 
 def evaluate_language(

@@ -34,8 +34,8 @@ STAGES = {
     "video": (700, 8),
     "towers": (900, 16),
     "text": (400, 16),
-    "visual": (500, 16),
-    "motion": (400, 16),
+    "visual": (700, 16),
+    "motion": (350, 16),
 }
 NEEDED = {
     "image": [],

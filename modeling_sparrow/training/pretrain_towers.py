@@ -80,13 +80,13 @@ def tower_step(step: int, side: TowerSide, world: WorldConfig, clips: int, seed:
     losses = {}
     for name, (output, target) in {**_spatial(side, batch, rng), **_temporal(side, batch)}.items():
         if name.endswith("box"):
-            losses[name] = 10 * _box_distance(output, target)
+            losses[name] = 10 * box_distance(output, target)
         else:
             losses[name] = F.cross_entropy(output, target, ignore_index=BACKGROUND)
     return {"loss": sum(losses.values()), **losses}
 
 
-def _box_distance(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def box_distance(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Mean distance of normalised cxcywh coordinates, over patches with an object."""
     known = ~target.isnan().any(-1)
     return (output[known].sigmoid() - target[known]).abs().mean()
@@ -103,7 +103,7 @@ def _spatial(side: TowerSide, batch: list[SyntheticClip], rng: np.random.Generat
     output = side.spatial_tower(spatial_input(np.stack(frames)), output_hidden_states=[side.spatial_layer])
     features = output.hidden_states[side.spatial_layer][:, 1:].flatten(0, 1)
     return {
-        f"spatial_{name}": (head(features), _targets(owners, name, side.words.get(name)))
+        f"spatial_{name}": (head(features), patch_targets(owners, name, side.words.get(name)))
         for name, head in side.spatial_heads.items()
     }
 
@@ -115,16 +115,22 @@ def _temporal(side: TowerSide, batch: list[SyntheticClip]) -> dict:
         temporal_input(frames.reshape(-1, *frames.shape[2:])).unflatten(0, frames.shape[:2])
     )
     features = features.last_hidden_state[:, 1:].flatten(0, 1)
-    middle = range(side.tubelet_size // 2, frames.shape[1], side.tubelet_size)
-    owners = []
-    for clip in batch:
-        index = patch_owner(clip.masks[:, list(middle)], side.patch_size)
-        owners += [_owners(clip, slot, t) for slot, t in zip(index, middle, strict=True)]
+    owners = tubelet_owners(batch, side.patch_size, side.tubelet_size)
     words = {"direction": DIRECTIONS, "colour": side.words["colour"]}
     return {
-        f"temporal_{name}": (head(features), _targets(owners, name, words.get(name)))
+        f"temporal_{name}": (head(features), patch_targets(owners, name, words.get(name)))
         for name, head in side.temporal_heads.items()
     }
+
+
+def tubelet_owners(batch: list[SyntheticClip], patch_size: int, tubelet_size: int) -> list[PatchOwners]:
+    """Of the temporal tower's tokens: one item per clip and tubelet, by the object in the middle of its time."""
+    owners = []
+    for clip in batch:
+        middle = range(tubelet_size // 2, len(clip.frames), tubelet_size)
+        index = patch_owner(clip.masks[:, list(middle)], patch_size)
+        owners += [_owners(clip, slot, t) for slot, t in zip(index, middle, strict=True)]
+    return owners
 
 
 def _owners(clip: SyntheticClip, index: np.ndarray, t: int) -> PatchOwners:
@@ -134,7 +140,7 @@ def _owners(clip: SyntheticClip, index: np.ndarray, t: int) -> PatchOwners:
     return PatchOwners(index.ravel(), clip.objects, boxes)
 
 
-def _targets(owners: list[PatchOwners], name: str, words: tuple[str, ...] | None) -> torch.Tensor:
+def patch_targets(owners: list[PatchOwners], name: str, words: tuple[str, ...] | None) -> torch.Tensor:
     """Word index, or box, of the owner of each patch. An object that turned, or moved only for a while, has no
     direction.
     """
@@ -160,7 +166,7 @@ def evaluate_towers(side: TowerSide, world: WorldConfig, seed: int, clips: int =
     outputs = {**_spatial(side, batch, np.random.default_rng(seed)), **_temporal(side, batch)}
     for name, (output, target) in outputs.items():
         if name.endswith("box"):
-            figures[f"val_{name}"] = _box_distance(output, target)
+            figures[f"val_{name}"] = box_distance(output, target)
         else:
             known = target != BACKGROUND
             figures[f"val_{name}"] = (output.argmax(-1) == target)[known].float().mean()
