@@ -17,6 +17,7 @@ from modeling_sparrow.evaluation import benchmark, commands, davis
 from modeling_sparrow.evaluation.files import read_json, write_label_map, write_mask
 from modeling_sparrow.evaluation.predict import Grounder
 from modeling_sparrow.evaluation.report import hash_checkpoint
+from modeling_sparrow.registration import DEFAULT_CHECKPOINT
 
 from ..processing.clip_factory import write_clip
 from .answering import save_checkpoint
@@ -127,6 +128,16 @@ def test_end_to_end(evaluate, model, tmp_path, name):
     code, again = evaluate(name, "--stage", "score", root=Path(run["command"].split(" --data ")[1].split()[0]))
     assert code == 0 and again["results"] == numbers["results"] and again["run"] == run
     assert again["predictions"] is None
+
+
+@pytest.mark.parametrize("name", commands.BENCHMARKS)
+def test_end_to_end_with_the_shipped_checkpoint(evaluate, name):
+    """Real answers of sparrow-tiny, whatever they are worth on these pictures."""
+    code, numbers = evaluate(name, "--model", DEFAULT_CHECKPOINT, "--limit", "1")
+    assert code == 0 and numbers["predictions"]["failures"] == [] and numbers["predictions"]["predicted"] >= 1
+    assert numbers["run"]["checkpoint_hash"] == hash_checkpoint(DEFAULT_CHECKPOINT)
+    for result in numbers["results"]:
+        assert result["counts"]["missing"] == 0 and result["metrics"]
 
 
 @pytest.mark.parametrize("name", ["mevis", "video-gcg"])
