@@ -2,7 +2,7 @@
 
 Stage "text": no visual tokens, the question alone has to pick the region by its SAM2 features. Stages "visual" and
 "motion": with them, and with attention led to the tokens of the target, which is what makes questions about motion
-learnable. The second is a second pass over new clips.
+learnable. The second is a second pass over new clips; "polish" is a third, slower, with all kinds of questions alike.
 
 Several questions about a clip are packed into one sequence: each sees the clip and itself, and counts its positions
 from the end of the clip, so the result equals one row per question.
@@ -50,7 +50,7 @@ from .tiny_model import WORLD
 from .tiny_tokenizer import ANSWER
 
 # Added to the seed of a run, so that no stage sees the clips of another.
-STREAMS = {"text": 3, "visual": 4, "motion": 6}
+STREAMS = {"text": 3, "visual": 4, "motion": 6, "polish": 8}
 # questions whose answer depends on the first frame or on the whole clip, not on how the object looks in a frame
 FIRST_FRAME_KINDS = ("position", "ordinal", "relation", "motion", "speed", "event", "meeting")
 
@@ -279,7 +279,14 @@ def filter_loss(
 
 
 def language_step(
-    step: int, side: LanguageSide, world: WorldConfig, clips: int, per_clip: int, seed: int, with_video: bool
+    step: int,
+    side: LanguageSide,
+    world: WorldConfig,
+    clips: int,
+    per_clip: int,
+    seed: int,
+    with_video: bool,
+    favoured: str | None,
 ) -> dict[str, torch.Tensor]:
     rng = np.random.default_rng([seed, step])
     torch.manual_seed(seed * 1_000_003 + step)
@@ -289,8 +296,7 @@ def language_step(
     if not with_video:
         kinds = tuple(kind for kind in kinds if kind not in MOVING_KINDS)
     boxes = true_boxes(batch, frame)
-    # what only the video tells is learned last: ask for it most
-    questions = draw_questions(side, batch, per_clip, rng, kinds, favoured="motion" if with_video else None)
+    questions = draw_questions(side, batch, per_clip, rng, kinds, favoured)
     questions = [q for q in questions if batch[q.clip].visibility[q.target, frame] > 0.3]
     states = language_states(side, batch, questions, with_video)
     clip_of = [q.clip for q in questions]
@@ -457,11 +463,18 @@ def train_language_stage(
         stage,
         side,
         functools.partial(
-            language_step, side=side, world=world, clips=clips, per_clip=6, seed=seed, with_video=with_video
+            language_step,
+            side=side,
+            world=world,
+            clips=clips,
+            per_clip=6,
+            seed=seed,
+            with_video=with_video,
+            favoured="motion" if stage in ("visual", "motion") else None,  # learned last: ask for it most
         ),
         output=output,
         steps=steps,
-        learning_rate=1e-3,
+        learning_rate=5e-4 if stage == "polish" else 1e-3,
         evaluate=functools.partial(evaluate_language, side, world, seed, with_video),
         evaluate_every=100,
     )

@@ -2,7 +2,7 @@
 
     python -m modeling_sparrow.training.pretrain_tiny --output runs/tiny
 
-Stages: image (segmenter, proposer, region features), video (memory), towers, text, visual, motion. Each can be
+Stages: image (segmenter, proposer, region features), video (memory), towers, text, visual, motion, polish. Each can be
 interrupted and goes on where it stopped; `video` and `towers` do not depend on each other and may run side by side.
 """
 
@@ -36,6 +36,7 @@ STAGES = {
     "text": (400, 16),
     "visual": (700, 16),
     "motion": (350, 16),
+    "polish": (220, 16),
 }
 NEEDED = {
     "image": [],
@@ -44,6 +45,7 @@ NEEDED = {
     "text": ["image"],
     "visual": ["image", "towers", "text"],
     "motion": ["image", "towers", "text", "visual"],
+    "polish": ["image", "towers", "text", "visual", "motion"],
 }
 
 

@@ -122,9 +122,10 @@ def tiny_config(vocab_size: int = 256, **special_token_ids: int) -> SparrowConfi
             "roi_size": 5,
             "dot_product_score": True,
             "num_refined": 8,
+            "max_boxes_per_token": 1,  # the questions of its training mean one object
         },
         num_frames=8,
-        num_prompt_frames=2,
+        num_prompt_frames=1,  # and it is there on the first frame
         spatial_feature_layer=-1,
         spatial_pool_size=3,
         temporal_pool_size=8,
