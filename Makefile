@@ -19,7 +19,7 @@ $(BIN)/.test: $(BIN)/.core
 	touch $@
 
 demo: $(BIN)/.core
-	$(BIN)/sparrow ground spaces_demo/examples/shapes.mp4 "the red ring" --output demo_output
+	$(BIN)/sparrow ground spaces_demo/examples/stars.mp4 "the green star" --output demo_output
 	@echo "Open demo_output/overlay.mp4 to see it; demo_output/result.json holds boxes, masks and times."
 
 test: $(BIN)/.test lint
