@@ -18,6 +18,7 @@ from .files import EvaluationError, atomic_path, read_json, write_json
 from .referring_datasets import MevisDataset, ReasonVosDataset, RefDavis17Dataset, RefYoutubeVosDataset, RevosDataset
 from .report import HEADLINES, RunInfo, hash_checkpoint, results_table, write_eval_results
 from .results import EvaluationResult, list_problems
+from .synthetic import CONTROLS
 from .video_gcg import score_video_gcg
 from .video_gcg_dataset import VideoGcgDataset
 from .vidstg import MOMENT_PROTOCOL, MOMENT_TEMPORAL_PROTOCOL, TUBEDETR_PROTOCOL, VidStgDataset, score_vidstg
@@ -135,7 +136,7 @@ def _add_synthetic(benchmarks: Any) -> None:
     parser = benchmarks.add_parser("synthetic", help="the generated world, without any download")
     parser.add_argument("--split", default=SYNTHETIC_SPLITS[0], choices=SYNTHETIC_SPLITS)
     parser.add_argument("--clips", type=_positive, default=64)
-    parser.add_argument("--control", default="none", choices=["none", "blank-video", "other-video", "other-question"])
+    parser.add_argument("--control", default="none", choices=CONTROLS)
     parser.add_argument("--batch-size", type=_positive, default=8)
     _add_model_options(parser)
     parser.set_defaults(run=run_synthetic)

@@ -3,7 +3,8 @@
 Beside J and F it measures what language is for: whether the right one of several similar objects was taken, whether
 it was kept when objects cross, whether "nothing" was answered when nothing fits. The controls take something away
 from the language model while the mask side sees the real clip: a model that does not look, or does not read, then
-falls to `chance`.
+falls to `chance`. The control `true-boxes` leaves the language model out and prompts with the true boxes: what the
+segmenter allows.
 """
 
 import time
@@ -23,9 +24,9 @@ from .video_gcg import tube_ious
 from .vidstg import box_iou
 
 #: `blank-video`: the language model sees black frames; `other-video`: those of another clip; `other-question`: it is
-#: asked what belongs to another clip.
-Control = Literal["none", "blank-video", "other-video", "other-question"]
-CONTROLS = ("none", "blank-video", "other-video", "other-question")
+#: asked what belongs to another clip; `true-boxes`: the targets are followed from where they first appear.
+Control = Literal["none", "blank-video", "other-video", "other-question", "true-boxes"]
+CONTROLS = ("none", "blank-video", "other-video", "other-question", "true-boxes")
 
 TUBE_OVERLAP = 0.1  # IoU with the prediction over the whole clip from which an object can be the one taken
 FOUND = 0.5  # IoU from which an object counts as covered
@@ -66,7 +67,7 @@ def evaluate_synthetic(
         split: of [`SyntheticVideos`].
         clips: how many.
         seed: of the split; another seed gives other clips.
-        control: what is taken away from the language model.
+        control: what is taken away from the language model, or `true-boxes`.
         batch_size: clips answered together; it changes the speed, not the answers.
         max_new_tokens: longest answer; default as the checkpoint says.
         crops: gives the crops `(h, w, 3)` uint8 of the tracked referent of a record, which the language model then
@@ -101,11 +102,15 @@ def evaluate_synthetic(
             neighbours = [videos[index + 1] for index in indices] if control.startswith("other") else records
             began = time.perf_counter()
             rate = videos.config.frames_per_second
-            results = ground_records(model, processor, records, neighbours, control, rate, max_new_tokens, crops)
+            if control == "true-boxes":
+                predicted = [follow_true_boxes(model, processor, record, rate) for record in records]
+            else:
+                results = ground_records(model, processor, records, neighbours, control, rate, max_new_tokens, crops)
+                predicted = [result.masks for result in results]
             seconds += time.perf_counter() - began
             frames += sum(len(record["frames"]) for record in records)
-            for record, result in zip(records, results, strict=True):
-                scores.append(score_clip(result.masks, record["masks"], record["target_ids"], record["kind"]))
+            for record, masks in zip(records, predicted, strict=True):
+                scores.append(score_clip(masks, record["masks"], record["target_ids"], record["kind"]))
                 bar.update()
     summary = {"split": split, "clips": clips, "seed": seed, "control": control} | summarise(scores)
     return summary | {"frames_per_second": frames / seconds, "seconds": seconds}
@@ -145,6 +150,32 @@ def ground_records(
     masks = processor.collector(inputs["metadata"])
     output = model.ground(**inputs, mask_sink=masks, max_new_tokens=max_new_tokens, do_sample=False)
     return processor.post_process_grounding(output, masks)
+
+
+def follow_true_boxes(model, processor, record: dict[str, Any], frames_per_second: float) -> np.ndarray:
+    """Masks `(N, T, H, W)` bool of the targets of a record, each prompted with its true box where it first appears."""
+    import torch  # the rest of this module needs no torch
+    import torch.nn.functional as F
+
+    from ..frame_pyramid import TensorFrames
+    from ..mask_tracker import MaskPrompt, TrackedObject
+
+    H, W = record["frames"].shape[1:3]
+    clip = open_video(record["frames"], fps=frames_per_second)
+    inputs = processor(text=record["expression"], videos=clip, task="refer").to(model.device)
+    boxes = torch.from_numpy(record["boxes"]) / torch.tensor([W, H, W, H])  # NaN where hidden
+    objects = []
+    for n in record["target_ids"]:
+        start = int((~boxes[n, :, 0].isnan()).nonzero()[0])
+        prompt = MaskPrompt(boxes=boxes[n, start, None].to(model.device))
+        objects.append(TrackedObject(start, [prompt]))
+    followed = np.zeros((len(objects), len(record["frames"]), H, W), bool)
+    with torch.no_grad():
+        pyramids = model.model.mask_tracker.encode_video(TensorFrames(inputs["mask_pixel_values"][0]))
+        for masks in model.propagate(pyramids, objects):
+            logits = F.interpolate(masks.logits[:, None], size=(H, W), mode="bilinear", align_corners=False)[:, 0]
+            followed[masks.objects, masks.frame_index] = (logits > 0).cpu().numpy()
+    return followed
 
 
 def score_clip(predicted: np.ndarray, masks: np.ndarray, target_ids: Sequence[int], kind: str) -> ClipScores:

@@ -36,7 +36,7 @@ from ..mask_tracker import MaskPrompt
 from ..modeling_sparrow import SparrowForVideoGrounding
 from ..region_proposer import RegionProposals
 from .loop import run_stage
-from .pretrain_segmenter import PixelSide, batch_clips, normalize_frames
+from .pretrain_segmenter import JITTER, PixelSide, batch_clips, encode_frames
 from .pretrain_towers import (
     DIRECTIONS,
     box_distance,
@@ -46,7 +46,6 @@ from .pretrain_towers import (
     temporal_input,
     tubelet_owners,
 )
-from .tiny_model import WORLD
 from .tiny_tokenizer import ANSWER
 
 # Added to the seed of a run, so that no stage sees the clips of another.
@@ -54,17 +53,17 @@ STREAMS = {"text": 3, "visual": 4, "motion": 6, "polish": 8}
 # questions whose answer depends on the first frame or on the whole clip, not on how the object looks in a frame
 FIRST_FRAME_KINDS = ("position", "ordinal", "relation", "motion", "speed", "event", "meeting")
 
-# of these, the ones that no single frame answers
-MOVING_KINDS = ("motion", "speed", "event", "meeting")
+# kinds that (also) ask what no single frame answers
+MOVING_KINDS = ("motion", "speed", "event", "meeting", "multi", "none")
 
 
 @dataclass
 class Question:
-    """One question about clip number `clip` of a batch, with the object it means."""
+    """One question about clip number `clip` of a batch, with the objects it means: one, several, or none."""
 
     clip: int
     expression: Expression
-    target: int
+    targets: tuple[int, ...]
     ids: list[int]  # without the part that all questions about a clip share
 
 
@@ -107,18 +106,18 @@ def draw_questions(
     kinds: tuple[str, ...],
     favoured: str | None = None,
 ) -> list[Question]:
-    """Up to `count` questions per clip with a single target, kinds balanced, or half of them of the favoured kind."""
+    """Up to `count` questions per clip, kinds balanced, or half of them of the favoured kind."""
     tokenizer = side.processor.tokenizer
     answer = tokenizer.encode(ANSWER + " <|end|>", add_special_tokens=False)
     prefix = len(shared_ids(side, 0))
     questions = []
     for number, clip in enumerate(clips):
-        possible = [item for item in all_expressions(clip, rng) if item.kind in kinds and len(item.target_ids) == 1]
+        possible = [item for item in all_expressions(clip, rng) if item.kind in kinds]
         drawn = sample_expressions([item for item in possible if item.kind == favoured], count // 2, rng)
         drawn += sample_expressions([item for item in possible if item.kind != favoured], count - len(drawn), rng)
         for item in drawn:
             ids = _prompt_ids(side.processor, item.text)[prefix:] + answer
-            questions.append(Question(number, item, item.target_ids[0], ids))
+            questions.append(Question(number, item, item.target_ids, ids))
     return questions
 
 
@@ -214,7 +213,7 @@ def frozen_pixels(side: LanguageSide, clips: list[SyntheticClip], frame: int) ->
     """Pyramid and proposals of one frame of each clip."""
     pixels: PixelSide = side.frozen["pixels"]
     with torch.no_grad():
-        pyramid = pixels.mask_tracker.encode_frames(normalize_frames(np.stack([clip.frames[frame] for clip in clips])))
+        pyramid = encode_frames(pixels.mask_tracker, np.stack([clip.frames[frame] for clip in clips]))
         return pyramid, pixels.region_proposer.propose(list(pyramid.levels))
 
 
@@ -262,19 +261,43 @@ def filter_scores(
     return FiltrationOutput(logits=logits, confidence=confidence, boxes=boxes)
 
 
+def visible_targets(questions: list[Question], clips: list[SyntheticClip], frame: int) -> list[list[int]]:
+    """Objects that each question means and that the frame shows."""
+    return [[n for n in q.targets if clips[q.clip].visibility[n, frame] > 0.3] for q in questions]
+
+
+def is_clear(question: Question, clips: list[SyntheticClip], frame: int) -> bool:
+    """Whether each target is either well seen on the frame or not there at all."""
+    seen = clips[question.clip].visibility[list(question.targets), frame]
+    return bool(((seen > 0.3) | (seen == 0)).all())
+
+
 def filter_loss(
     side: LanguageSide, output: FiltrationOutput, proposals: RegionProposals, clip_of: list[int], targets: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """Keep score as in the paper, a ranking term (softmax over the proposals), and box refinement."""
+    """Keep score as in the paper, a ranking term, and box refinement.
+
+    The ranking term is a softmax over the proposals of a target, all that lie on no target, and "nothing" with
+    logit 0: a target has to win against both, and "nothing" has to win where there is no target.
+
+    Args:
+        targets: `(S, M, 4)` normalised xyxy, NaN where a question means fewer than `M` objects.
+    """
     rules = side.filtration_head.config
     candidates, valid = proposals.boxes[clip_of], proposals.valid[clip_of]
-    iou = pairwise_iou(candidates, targets[:, None])[..., 0]
-    labels = filtration_targets(iou, rules.positive_iou, rules.negative_iou).masked_fill(~valid, -1.0)
+    iou = torch.nan_to_num(pairwise_iou(candidates, targets))  # (S, Q, M)
+    best, owner = iou.max(-1)
+    labels = filtration_targets(best, rules.positive_iou, rules.negative_iou).masked_fill(~valid, -1.0)
     positive = labels == 1
-    usable = positive.any(-1)
-    spread = torch.logsumexp(output.logits[usable].masked_fill(~positive[usable], float("-inf")), dim=-1)
-    ranking = (torch.logsumexp(output.logits[usable], dim=-1) - spread).mean()
-    boxes = box_regression_loss(output.boxes[positive], targets[:, None].expand_as(candidates)[positive])
+    wrong = output.logits.masked_fill(positive, float("-inf"))
+    wrong = torch.cat([wrong, torch.zeros_like(wrong[:, :1])], dim=-1).logsumexp(-1)  # (S,), with "nothing"
+    own = positive[..., None] & (owner[..., None] == torch.arange(targets.shape[1]))  # (S, Q, M)
+    s, m = own.any(1).nonzero(as_tuple=True)
+    right = output.logits[s].masked_fill(~own[s, :, m], float("-inf")).logsumexp(-1)
+    absent = targets.isnan().all(-1).all(-1)
+    ranking = torch.cat([F.softplus(wrong[s] - right), wrong[absent]]).mean()
+    chosen = targets.gather(1, owner[..., None].expand(-1, -1, 4))[positive]
+    boxes = box_regression_loss(output.boxes[positive], chosen)
     return {"filter": filtration_class_loss(output.logits, labels), "ranking": ranking, "box": boxes}
 
 
@@ -297,21 +320,26 @@ def language_step(
         kinds = tuple(kind for kind in kinds if kind not in MOVING_KINDS)
     boxes = true_boxes(batch, frame)
     questions = draw_questions(side, batch, per_clip, rng, kinds, favoured)
-    questions = [q for q in questions if batch[q.clip].visibility[q.target, frame] > 0.3]
+    questions = [q for q in questions if is_clear(q, batch, frame)]
     states = language_states(side, batch, questions, with_video)
     clip_of = [q.clip for q in questions]
-    targets = torch.stack([boxes[q.clip][q.target] for q in questions])
+    seen = visible_targets(questions, batch, frame)
+    targets = torch.full((len(questions), max(map(len, boxes)), 4), float("nan"))
+    for row, (question, own) in enumerate(zip(questions, seen, strict=True)):
+        targets[row, : len(own)] = boxes[question.clip][own]
     pyramid, proposals = frozen_pixels(side, batch, frame)
     if rng.random() < 0.6:
         proposals = add_true_boxes(proposals, boxes)
     tokens = side.box_head(states.box)
     losses = filter_loss(side, filter_scores(side, tokens, clip_of, proposals, pyramid), proposals, clip_of, targets)
     losses["text"] = states.text_loss
-    losses["seg"] = seg_loss(side, side.seg_head(states.seg), batch, questions, frame, pyramid)
-    loss = losses["filter"] + losses["ranking"] + losses["box"] + 0.2 * losses["text"] + 0.5 * losses["seg"]
+    losses["seg"] = seg_loss(side, side.seg_head(states.seg), batch, questions, seen, frame, pyramid)
+    loss = 2 * losses["filter"] + losses["ranking"] + losses["box"] + 0.2 * losses["text"] + 0.5 * losses["seg"]
     if with_video:
         if frame == 0:
-            losses["regressor"] = F.l1_loss(side.box_regressor(tokens).sigmoid(), xyxy_to_cxcywh(targets)) * 4
+            one = [row for row, own in enumerate(seen) if len(own) == 1]
+            wanted = xyxy_to_cxcywh(targets[one, 0])
+            losses["regressor"] = F.l1_loss(side.box_regressor(tokens[one]).sigmoid(), wanted) * 4
             loss = loss + 1.5 * losses["regressor"]
         losses["attention"] = attention_loss(side, states.attention, batch, questions)
         losses["words"] = motion_words_loss(side, states.query, batch, questions)
@@ -325,42 +353,48 @@ def seg_loss(
     tokens: torch.Tensor,
     clips: list[SyntheticClip],
     questions: list[Question],
+    seen: list[list[int]],
     frame: int,
     pyramid: FramePyramid,
 ) -> torch.Tensor:
     """[SEG] embeddings: near the attribute embedding that the frozen mask decoder can read, and masks from them.
 
-    A third of the masks have no box beside them, so that the embedding has to say what the object is.
+    A third of the masks have no box beside them, so that the embedding has to say what the object is: only those of
+    questions that mean one object.
     """
     pixels: PixelSide = side.frozen["pixels"]
-    objects = [clips[q.clip].objects[q.target] for q in questions]
+    pairs = [(s, n) for s, own in enumerate(seen) for n in own]
     with torch.no_grad():
+        objects = [clips[questions[s].clip].objects[n] for s, n in pairs]
         wanted = sum(pixels.attribute_prompts[name](label) for name, label in pixels.labels(objects).items())
-    distance = F.mse_loss(tokens, wanted)
-    chosen = torch.randperm(len(questions))[:24]
-    boxes = torch.stack([true_boxes(clips, frame)[questions[s].clip][questions[s].target] for s in chosen])
-    with_box = torch.rand(len(chosen)) > 0.35
-    masks = torch.stack([torch.from_numpy(clips[questions[s].clip].masks[questions[s].target, frame]) for s in chosen])
-    rows = pyramid[[questions[s].clip for s in chosen]]
+    distance = F.mse_loss(tokens[[s for s, _ in pairs]], wanted)
+    pairs = [pairs[i] for i in torch.randperm(len(pairs))[:16]]
+    rows = [s for s, _ in pairs]
+    boxes = torch.stack([true_boxes(clips, frame)[questions[s].clip][n] for s, n in pairs])
+    single = torch.tensor([len(questions[s].targets) == 1 for s in rows])
+    with_box = (torch.rand(len(pairs)) > 0.35) | ~single
+    masks = torch.stack([torch.from_numpy(clips[questions[s].clip].masks[n, frame]) for s, n in pairs])
+    frames = pyramid[[questions[s].clip for s in rows]]
     total = 0.0
     for part, use_box in ((with_box, True), (~with_box, False)):
         if not part.any():
             continue
         index = part.nonzero().flatten()
-        prompt = MaskPrompt(tokens=tokens[chosen[index], None], boxes=boxes[index] if use_box else None)
-        logits = pixels.mask_tracker.prompt(rows[index], prompt).raw_logits
+        near = boxes[index] + JITTER * torch.randn(len(index), 4)
+        prompt = MaskPrompt(tokens=tokens[rows][index, None], boxes=near if use_box else None)
+        logits = pixels.mask_tracker.prompt(frames[index], prompt).raw_logits
         target = masks[index].float()
         logits = F.interpolate(logits[:, None], size=target.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
         dice = mask_dice_loss(logits, target, scale=1.0, eps=1.0)
-        total = total + (5 * mask_bce_loss(logits, target) + dice).sum() / len(chosen)
+        total = total + (5 * mask_bce_loss(logits, target) + dice).sum() / len(pairs)
     return distance + total
 
 
 def attention_loss(
     side: LanguageSide, attention: torch.Tensor, clips: list[SyntheticClip], questions: list[Question]
 ) -> torch.Tensor:
-    """-log of the attention that falls on the tokens of the target: half of the heads on its temporal tokens, the
-    other half on its spatial tokens of the first frame."""
+    """-log of the attention that falls on the tokens of the targets: half of the heads on their temporal tokens, the
+    other half on their spatial tokens of the first frame. Only questions whose targets are all on the first frame."""
     config = side.model.config
     heads = attention.shape[1]
     spatial_side = config.spatial_pool_size
@@ -369,14 +403,20 @@ def attention_loss(
     temporal = attention[..., first + len(clips[0].frames) * spatial_side**2 :]
     middle = slice(config.temporal_config.tubelet_size // 2, None, config.temporal_config.tubelet_size)
     patch = config.temporal_config.patch_size
-    spatial_target, temporal_target = [], []
-    for question in questions:
-        masks = clips[question.clip].masks[question.target]
+    spatial_target, temporal_target, rows = [], [], []
+    for row, seen in enumerate(visible_targets(questions, clips, 0)):
+        question = questions[row]
+        if not seen or len(seen) < len(question.targets):
+            continue
+        rows.append(row)
+        masks = clips[question.clip].masks[seen].any(0)
         temporal_target.append(patch_owner(masks[None, middle], patch).ravel() == 0)
         grid = F.adaptive_avg_pool2d(torch.from_numpy(masks[0]).float()[None], spatial_side).flatten()
         spatial_target.append((grid > 0.25 * grid.max()).numpy())
-    on_temporal = (temporal * torch.from_numpy(np.stack(temporal_target))[:, None]).sum(-1)[:, : heads // 2]
-    on_spatial = (spatial * torch.from_numpy(np.stack(spatial_target))[:, None]).sum(-1)[:, heads // 2 :]
+    if not rows:
+        return attention.sum() * 0.0
+    on_temporal = (temporal[rows] * torch.from_numpy(np.stack(temporal_target))[:, None]).sum(-1)[:, : heads // 2]
+    on_spatial = (spatial[rows] * torch.from_numpy(np.stack(spatial_target))[:, None]).sum(-1)[:, heads // 2 :]
     return -torch.log(torch.cat([on_temporal, on_spatial], dim=1) + 1e-4).mean() / math.log(10)
 
 
@@ -384,13 +424,14 @@ def motion_words_loss(
     side: LanguageSide, query: torch.Tensor, clips: list[SyntheticClip], questions: list[Question]
 ) -> torch.Tensor:
     """Cross-entropy of the direction that a question about motion asks for: what looks for the target must know it."""
-    targets = [clips[q.clip].objects[q.target] for q in questions]
-    asked = [
-        DIRECTIONS.index(thing.direction)
-        if q.expression.kind == "motion" and thing.action == "straight" and not thing.bounces
-        else -1
-        for q, thing in zip(questions, targets, strict=True)
-    ]
+    asked = []
+    for question in questions:
+        if question.expression.kind != "motion":
+            asked.append(-1)
+            continue
+        thing = clips[question.clip].objects[question.targets[0]]
+        known = thing.action == "straight" and not thing.bounces
+        asked.append(DIRECTIONS.index(thing.direction) if known else -1)
     labels = torch.tensor(asked)
     if (labels < 0).all():
         return query.sum() * 0.0
@@ -410,24 +451,34 @@ def patch_loss(side: LanguageSide, states: torch.Tensor, clips: list[SyntheticCl
 
 
 def evaluate_language(
-    side: LanguageSide, world: WorldConfig, seed: int, with_video: bool, clips: int = 48
+    side: LanguageSide, world: WorldConfig, seed: int, with_video: bool, clips: int = 64
 ) -> dict[str, float]:
-    """Share of questions whose most confident proposal lies on the right object, by kind; proposals only."""
+    """Share of questions with one target whose most confident proposal on the first frame lies on it, by kind; share
+    of the targets of kind `multi` and of the questions of kind `none` that a keep score of 0.5 finds or leaves out."""
     rng = np.random.default_rng(seed)
     right: dict[str, list[bool]] = {}
+    multi, none = [], []
     for start in range(0, clips, 16):
         batch = batch_clips(start // 16, 16, seed + 5, world, split="validation")
         questions = draw_questions(side, batch, 6, rng, world.kinds)
-        questions = [q for q in questions if batch[q.clip].visibility[q.target, 0] > 0.3]
+        questions = [q for q in questions if len(visible_targets([q], batch, 0)[0]) == len(q.targets)]
         states = language_states(side, batch, questions, with_video)
         pyramid, proposals = frozen_pixels(side, batch, 0)
         output = filter_scores(side, side.box_head(states.box), [q.clip for q in questions], proposals, pyramid)
         boxes = true_boxes(batch, 0)
-        for question, confidence, refined in zip(questions, output.confidence, output.boxes, strict=True):
-            overlap = pairwise_iou(refined[confidence.argmax()][None], boxes[question.clip])[0].nan_to_num()
-            hit = bool(overlap.argmax() == question.target and overlap.max() > 0.3)
-            right.setdefault(question.expression.kind, []).append(hit)
+        for row, question in enumerate(questions):
+            confidence, kept = output.confidence[row], output.logits[row] > 0
+            overlap = pairwise_iou(output.boxes[row], boxes[question.clip]).nan_to_num()  # (Q, N)
+            if question.expression.kind == "none":
+                none.append(not kept.any())
+            elif question.expression.kind == "multi":
+                multi += (overlap[kept][:, list(question.targets)] > 0.5).any(0).tolist()
+            else:
+                chosen = overlap[confidence.argmax()]
+                hit = bool(chosen.argmax() == question.targets[0] and chosen.max() > 0.3)
+                right.setdefault(question.expression.kind, []).append(hit)
     figures = {f"val_{kind}": float(np.mean(hits)) for kind, hits in sorted(right.items())}
+    figures |= {f"val_{name}": float(np.mean(hits)) for name, hits in (("multi", multi), ("none", none)) if hits}
     return {"val_right": float(np.mean([hit for hits in right.values() for hit in hits])), **figures}
 
 
@@ -436,15 +487,17 @@ def train_language_stage(
     processor: SparrowProcessor,
     output: Path,
     stage: str,
+    world_name: str,
     steps: int,
     clips: int,
     seed: int = 0,
+    from_scratch: bool = True,
 ):
     """Stages "text", "visual" and "motion": language model, token heads, filtration head; with video the adapters."""
     with_video = stage != "text"
     seed += STREAMS[stage]
     torch.manual_seed(seed)
-    world = PRESETS[WORLD]
+    world = PRESETS[world_name]
     pixels = PixelSide(model, world)
     weights = output / "image.safetensors"
     _load_pixel_heads(pixels, weights)
@@ -455,7 +508,7 @@ def train_language_stage(
     side.adapters.requires_grad_(with_video)
     if with_video:  # attention weights are supervised
         side.language_model.set_attn_implementation("eager")
-    if stage == "visual":
+    if stage == "visual" and from_scratch:
         for adapter in side.adapters:  # visual tokens enter quietly
             with torch.no_grad():
                 adapter.fc2.weight.mul_(0.1)
@@ -470,7 +523,8 @@ def train_language_stage(
             per_clip=6,
             seed=seed,
             with_video=with_video,
-            favoured="motion" if stage in ("visual", "motion") else None,  # learned last: ask for it most
+            # learned last by a model that knows nothing: ask for it most
+            favoured="motion" if from_scratch and stage in ("visual", "motion") else None,
         ),
         output=output,
         steps=steps,

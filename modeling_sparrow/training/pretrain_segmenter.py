@@ -13,17 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sparrow_processing.synthetic import PRESETS, SyntheticClip, WorldConfig, generate_clip, split_seed
+from sparrow_processing.pixel_streams import segmenter_pixels
+from sparrow_processing.synthetic import PRESETS, RESOLUTIONS, SyntheticClip, WorldConfig, generate_clip, split_seed
 
 from ..box_ops import pairwise_iou, xyxy_to_cxcywh
 from ..frame_pyramid import ClipPyramids, FramePyramid
 from ..losses import mask_bce_loss, mask_dice_loss
-from ..mask_tracker import FrameMasks, MaskPrompt, TrackedObject
+from ..mask_tracker import FrameMasks, MaskPrompt, MaskTracker, TrackedObject
 from ..modeling_sparrow import SparrowForVideoGrounding
 from .loop import run_stage
-from .tiny_model import WORLD, initialize_for_scratch
+from .tiny_model import initialize_attributes, initialize_for_scratch
 
-MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+JITTER = 1.5 / 128  # of the corners of true boxes, normalised: as much as those of proposals are off
 
 
 class PixelSide(nn.Module):
@@ -49,10 +50,18 @@ class PixelSide(nn.Module):
         }
 
 
-def normalize_frames(frames: np.ndarray) -> torch.Tensor:
-    """uint8 `(F, H, W, 3)` to SAM2's `(F, 3, H, W)` float32."""
-    pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).float()
-    return (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+def encode_frames(tracker: MaskTracker, frames: np.ndarray) -> FramePyramid:
+    """Pyramid of frames `(F, H, W, 3)` uint8, which the processor would prepare alike."""
+    size = tracker.config.image_size
+    return tracker.encode_frames(torch.stack([segmenter_pixels(frame, size) for frame in frames]))
+
+
+def at_resolution(world: WorldConfig, step: int) -> WorldConfig:
+    """The world at its own resolution, every third step at another one."""
+    if step % 3 != 2:
+        return world
+    height, width = RESOLUTIONS[step // 3 % len(RESOLUTIONS)]
+    return replace(world, height=height, width=width)
 
 
 def batch_clips(step: int, count: int, seed: int, config: WorldConfig, split: str = "train") -> list[SyntheticClip]:
@@ -78,6 +87,7 @@ def mask_losses(masks: FrameMasks, targets: torch.Tensor, present: torch.Tensor)
 def image_step(step: int, side: PixelSide, world: WorldConfig, clips: int, seed: int) -> dict[str, torch.Tensor]:
     rng = np.random.default_rng([seed, step])
     torch.manual_seed(seed * 1_000_003 + step)
+    world = at_resolution(world, step)
     batch = batch_clips(step, clips, seed, world)
     frames, boxes, masks, objects, frame_of = [], [], [], [], []
     for clip in batch:
@@ -88,7 +98,7 @@ def image_step(step: int, side: PixelSide, world: WorldConfig, clips: int, seed:
             boxes.append(torch.from_numpy(clip.boxes[visible, t]))
             masks.append(torch.from_numpy(clip.masks[visible, t]))
             objects += [clip.objects[n] for n in visible]
-    pyramid = side.mask_tracker.encode_frames(normalize_frames(np.stack(frames)))
+    pyramid = encode_frames(side.mask_tracker, np.stack(frames))
     size = torch.tensor([world.width, world.height] * 2)
     normalized = [box / size for box in boxes]
     rows = torch.tensor(frame_of)
@@ -107,7 +117,7 @@ def decode_losses(
     """Masks from jittered boxes, half of them beside an embedding of the attributes, some from that embedding alone,
     some for a box that holds nothing."""
     N = len(boxes)
-    jitter = torch.randn(N, 4) * 1.5 / side.mask_tracker.config.image_size
+    jitter = torch.randn(N, 4) * JITTER
     prompts = boxes + jitter
     embedding = sum(side.attribute_prompts[name](label) for name, label in side.labels(objects).items())
     present = torch.ones(N, dtype=torch.bool)
@@ -155,7 +165,7 @@ def attribute_loss(side: PixelSide, pyramid: FramePyramid, boxes: list[torch.Ten
     for row, box in enumerate(boxes):
         padded[row, : len(box)] = box
         valid[row, : len(box)] = True
-    padded = padded + valid[..., None] * torch.randn_like(padded) * 1.5 / side.mask_tracker.config.image_size
+    padded = padded + valid[..., None] * torch.randn_like(padded) * JITTER
     levels = [*pyramid.levels[:-1], side.mask_tracker.features_without_memory(pyramid)]
     regions, _ = side.filtration_head.encode_regions(padded, levels)
     losses = [
@@ -174,7 +184,7 @@ def evaluate_image(side: PixelSide, world: WorldConfig, seed: int, clips: int = 
             continue
         boxes = torch.from_numpy(clip.boxes[visible, 0]) / size
         targets = torch.from_numpy(clip.masks[visible, 0])
-        pyramid = side.mask_tracker.encode_frames(normalize_frames(clip.frames[:1]))
+        pyramid = encode_frames(side.mask_tracker, clip.frames[:1])
         masks = side.mask_tracker.prompt(pyramid, MaskPrompt(boxes=boxes))
         logits = F.interpolate(masks.logits[:, None], size=targets.shape[-2:], mode="bilinear", align_corners=False)
         predicted = logits[:, 0] > 0
@@ -192,12 +202,22 @@ def evaluate_image(side: PixelSide, world: WorldConfig, seed: int, clips: int = 
     return {name: float(np.mean(values)) for name, values in figures.items()}
 
 
-def train_image_stage(model: SparrowForVideoGrounding, output: Path, steps: int, clips: int = 16, seed: int = 0):
-    """Stage "image": the whole pixel side on single frames."""
+def train_image_stage(
+    model: SparrowForVideoGrounding,
+    output: Path,
+    world_name: str,
+    steps: int,
+    clips: int = 16,
+    seed: int = 0,
+    from_scratch: bool = True,
+):
+    """Stage "image": the whole pixel side on single frames; `from_scratch` says that it has no weights yet."""
     torch.manual_seed(seed)
-    world = replace(PRESETS[WORLD], occluder=0.15)
+    world = replace(PRESETS[world_name], occluder=0.15)
     side = PixelSide(model, world)
-    initialize_for_scratch(side)
+    if from_scratch:
+        initialize_for_scratch(side)
+    initialize_attributes(side)
     run_stage(
         "image",
         side,
@@ -226,14 +246,14 @@ def video_step(
         visible = [n for n in range(len(clip.objects)) if clip.visibility[n, start] > 0.5]
         for n in rng.permutation(visible)[:2]:
             box = torch.from_numpy(clip.boxes[n, start]) / torch.tensor([world.width, world.height] * 2)
-            box = box + torch.randn(4) * 1.0 / side.mask_tracker.config.image_size
+            box = box + torch.randn(4) * JITTER
             objects.append(TrackedObject(start, [MaskPrompt(boxes=box[None])]))
             targets.append(torch.from_numpy(clip.masks[n]))
             present.append(torch.from_numpy(clip.visibility[n] > 0.1))
             clip_of.append(len(frames))
         frames.append(clip.frames)
     with torch.no_grad():
-        pyramid = side.mask_tracker.encode_frames(normalize_frames(np.concatenate(frames)))
+        pyramid = encode_frames(side.mask_tracker, np.concatenate(frames))
     targets, present = torch.stack(targets).float(), torch.stack(present)
     totals: dict[str, torch.Tensor] = {}
     for masks in side.mask_tracker.propagate(ClipPyramids(pyramid, T, torch.tensor(clip_of)), objects):
@@ -251,7 +271,7 @@ def evaluate_video(side: PixelSide, world: WorldConfig, seed: int, clips: int = 
     for clip in batch_clips(0, clips, seed, world, split="validation"):
         visible = [n for n in range(len(clip.objects)) if clip.visibility[n, 0] > 0.5]
         objects = [TrackedObject(0, [MaskPrompt(boxes=torch.from_numpy(clip.boxes[n, :1]) / size)]) for n in visible]
-        pyramid = side.mask_tracker.encode_frames(normalize_frames(clip.frames))
+        pyramid = encode_frames(side.mask_tracker, clip.frames)
         whole = ClipPyramids(pyramid, len(clip.frames), torch.zeros(len(visible), dtype=torch.int64))
         for masks in side.mask_tracker.propagate(whole, objects):
             t = masks.frame_index
@@ -267,10 +287,16 @@ def evaluate_video(side: PixelSide, world: WorldConfig, seed: int, clips: int = 
     return {"val_j": float(np.mean(values)), "val_j_last_frame": float(np.mean(last))}
 
 
-def train_video_stage(model: SparrowForVideoGrounding, output: Path, steps: int, clips: int = 8, seed: int = 0):
-    """Stage "video": mask decoder, prompt encoder and memory; what makes the features is frozen."""
-    easy = PRESETS[WORLD]
-    worlds = [easy, replace(PRESETS["hard"], num_frames=8, nouns=easy.nouns, photographs=easy.photographs)]
+def train_video_stage(
+    model: SparrowForVideoGrounding, output: Path, world_name: str, steps: int, clips: int = 8, seed: int = 0
+):
+    """Stage "video": mask decoder, prompt encoder and memory; what makes the features is frozen.
+
+    Clips of the world take turns with short and long ones full of crossings and occlusions.
+    """
+    easy = PRESETS[world_name]
+    hard = replace(PRESETS["hard"], nouns=easy.nouns, photographs=easy.photographs)
+    worlds = [easy, replace(hard, num_frames=8), hard]
     side = PixelSide(model, easy)
     side.requires_grad_(False)
     sam2 = side.mask_tracker.sam2
@@ -285,5 +311,5 @@ def train_video_stage(model: SparrowForVideoGrounding, output: Path, steps: int,
         output=output,
         steps=steps,
         learning_rate=8e-4,
-        evaluate=functools.partial(evaluate_video, side, easy, seed),
+        evaluate=functools.partial(evaluate_video, side, hard, seed),
     )

@@ -1,9 +1,11 @@
-"""Train sparrow-tiny from scratch on generated videos, stage by stage.
+"""Train sparrow-tiny on generated videos, stage by stage: first in a world of shapes, then in the whole one.
 
-    python -m modeling_sparrow.training.pretrain_tiny --output runs/tiny
+    python -m modeling_sparrow.training.pretrain_tiny --world shapes --output runs/shapes --checkpoint runs/start
+    python -m modeling_sparrow.training.pretrain_tiny --start runs/start --output runs/tiny
 
-Stages: image (segmenter, proposer, region features), video (memory), towers, text, visual, motion, polish. Each can be
-interrupted and goes on where it stopped; `video` and `towers` do not depend on each other and may run side by side.
+With `--start` training begins with the weights of a checkpoint; words that it does not know are new. Stages: image
+(segmenter, proposer, region features), video (memory), towers, text, visual, motion, polish. Each can be interrupted
+and goes on where it stopped; `video` and `towers` do not depend on each other and may run side by side.
 """
 
 import argparse
@@ -15,6 +17,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerBase
 
 from sparrow_processing import SparrowProcessor
 
@@ -28,8 +31,8 @@ from .tiny_tokenizer import build_tokenizer
 
 logger = logging.getLogger(__name__)
 
-# stage: (default steps, clips per step)
-STAGES = {
+# stage: (steps, clips per step)
+FROM_SCRATCH = {
     "image": (1600, 16),
     "video": (700, 8),
     "towers": (900, 16),
@@ -37,6 +40,14 @@ STAGES = {
     "visual": (700, 16),
     "motion": (350, 16),
     "polish": (220, 16),
+}
+FROM_CHECKPOINT = {
+    "image": (900, 8),
+    "video": (300, 8),
+    "towers": (3500, 16),
+    "text": (400, 8),
+    "visual": (2400, 8),
+    "polish": (500, 8),
 }
 NEEDED = {
     "image": [],
@@ -49,7 +60,13 @@ NEEDED = {
 }
 
 
-def new_model(seed: int) -> tuple[SparrowForVideoGrounding, SparrowProcessor]:
+def recipe(start: Path | None) -> dict[str, tuple[int, int]]:
+    """Steps and clips per step of the stages, in their order."""
+    return FROM_SCRATCH if start is None else FROM_CHECKPOINT
+
+
+def new_model(seed: int, start: Path | None = None) -> tuple[SparrowForVideoGrounding, SparrowProcessor]:
+    """Model and processor with random weights, or with those of the checkpoint `start`."""
     tokenizer = build_tokenizer()
     names = {
         "box_token_id": "[BOX]",
@@ -62,7 +79,32 @@ def new_model(seed: int) -> tuple[SparrowForVideoGrounding, SparrowProcessor]:
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in names.items()}
     torch.manual_seed(seed)
     model = SparrowForVideoGrounding(tiny_config(len(tokenizer), **ids))
+    if start is not None:
+        load_checkpoint(model, tokenizer, start)
     return model, SparrowProcessor.from_config(model.config, tokenizer, spatial_crop=False)
+
+
+@torch.no_grad()
+def load_checkpoint(model: SparrowForVideoGrounding, tokenizer: PreTrainedTokenizerBase, start: Path):
+    """Put the weights of a checkpoint of the same sizes into the model; the row of a word goes where the word is now.
+
+    Raises:
+        ValueError: the checkpoint lacks a weight.
+        RuntimeError: it has one in another shape.
+    """
+    earlier = SparrowForVideoGrounding.from_pretrained(start)
+    old_ids = SparrowProcessor.from_pretrained(start).tokenizer.get_vocab()
+    shared = [(index, old_ids[word]) for word, index in tokenizer.get_vocab().items() if word in old_ids]
+    new_rows, old_rows = (list(rows) for rows in zip(*shared, strict=True))
+    tables = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    old_tables = earlier.get_input_embeddings().weight, earlier.get_output_embeddings().weight
+    for table, old_table in zip(tables, old_tables, strict=True):
+        table[new_rows] = old_table[old_rows]
+    by_word = {name for name, value in model.named_parameters() if any(value is table for table in tables)}
+    weights = {name: value for name, value in earlier.state_dict().items() if name not in by_word}
+    wrong = set(model.load_state_dict(weights, strict=False).missing_keys) - by_word
+    if wrong:
+        raise ValueError(f"{start} lacks weights of sparrow-tiny, among them {sorted(wrong)[0]}.")
 
 
 def load_stage(model: SparrowForVideoGrounding, output: Path, stage: str):
@@ -95,39 +137,44 @@ def is_finished(output: Path, stage: str, steps: int) -> bool:
     return state.exists() and torch.load(state, weights_only=True)["step"] >= steps
 
 
-def train_stage(stage: str, output: Path, steps: int, seed: int):
+def train_stage(stage: str, output: Path, world: str, steps: int, clips: int, seed: int, start: Path | None = None):
     """Run one stage on top of the finished ones it needs."""
-    model, processor = new_model(seed)
+    model, processor = new_model(seed, start)
     for earlier in NEEDED[stage]:
+        if earlier not in recipe(start):
+            continue
         if not (output / f"{earlier}.safetensors").exists():
             raise FileNotFoundError(f"Stage {stage!r} needs stage {earlier!r}: run it first.")
         load_stage(model, output, earlier)
-    clips = STAGES[stage][1]
     began = time.time()
     if stage == "image":
-        train_image_stage(model, output, steps, clips, seed)
+        train_image_stage(model, output, world, steps, clips, seed, from_scratch=start is None)
     elif stage == "video":
-        train_video_stage(model, output, steps, clips, seed)
+        train_video_stage(model, output, world, steps, clips, seed)
     elif stage == "towers":
-        train_tower_stage(model, output, steps, clips, seed)
+        train_tower_stage(model, output, world, steps, clips, seed)
     else:
-        train_language_stage(model, processor, output, stage, steps, clips, seed)
+        train_language_stage(model, processor, output, stage, world, steps, clips, seed, from_scratch=start is None)
     logger.info("%s: %d steps in %.0f s", stage, steps, time.time() - began)
 
 
-def assemble(output: Path, checkpoint: Path, seed: int):
+def assemble(output: Path, checkpoint: Path, world: str, seed: int, start: Path | None = None):
     """Write the checkpoint folder from the finished stages: model, processor, and how it was made."""
-    model, processor = new_model(seed)
-    for stage in STAGES:
+    earlier = start / "training.json" if start is not None else None
+    earlier = json.loads(earlier.read_text(encoding="utf-8")) if earlier is not None else None
+    model, processor = new_model(seed, start)
+    for stage in recipe(start):
         load_stage(model, output, stage)
     model.generation_config.update(do_sample=False, max_new_tokens=16)  # "it is [BOX] [SEG] ."
     model.save_pretrained(checkpoint)
     processor.save_pretrained(checkpoint)
     record = {
         "command": "python -m modeling_sparrow.training.pretrain_tiny",
+        "world": world,
         "seed": seed,
         "hardware": f"{platform.machine()}, {torch.get_num_threads()} thread(s)",
-        "stages": {stage: _summary(output / f"{stage}.jsonl") for stage in STAGES},
+        "stages": {stage: _summary(output / f"{stage}.jsonl") for stage in recipe(start)},
+        "start": earlier,
     }
     (checkpoint / "training.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
 
@@ -150,22 +197,26 @@ def main():
     parser.add_argument(
         "--checkpoint", type=Path, default=Path(DEFAULT_CHECKPOINT), help="folder of the finished model"
     )
-    parser.add_argument("--stages", nargs="*", choices=[*STAGES, "assemble"], default=[*STAGES, "assemble"])
+    parser.add_argument("--stages", nargs="*", choices=[*FROM_SCRATCH, "assemble"], help="default: all")
+    parser.add_argument("--world", choices=("shapes", "train"), default="train", help="preset of the clips")
+    parser.add_argument("--start", type=Path, help="checkpoint to begin with; default: random weights")
     parser.add_argument("--steps-scale", type=float, default=1.0, help="multiplies the steps of every stage")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(options.threads)
-    for stage in options.stages:
+    plan = recipe(options.start)
+    for stage in options.stages or [*plan, "assemble"]:
         if stage == "assemble":
-            assemble(options.output, options.checkpoint, options.seed)
+            assemble(options.output, options.checkpoint, options.world, options.seed, options.start)
             continue
-        steps = max(1, round(STAGES[stage][0] * options.steps_scale))
+        steps, clips = plan[stage]
+        steps = max(1, round(steps * options.steps_scale))
         if is_finished(options.output, stage, steps):
             logger.info("%s: finished before", stage)
         else:
-            train_stage(stage, options.output, steps, options.seed)
+            train_stage(stage, options.output, options.world, steps, clips, options.seed, options.start)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ from sparrow_processing.synthetic import PRESETS, SyntheticClip, WorldConfig
 from ..modeling_sparrow import SparrowForVideoGrounding
 from .loop import run_stage
 from .pretrain_segmenter import batch_clips
-from .tiny_model import WORLD
 
 DIRECTIONS = ("still", "left", "right", "up", "down")
 BACKGROUND = -1  # patches without an object count for nothing
@@ -173,10 +172,12 @@ def evaluate_towers(side: TowerSide, world: WorldConfig, seed: int, clips: int =
     return figures
 
 
-def train_tower_stage(model: SparrowForVideoGrounding, output: Path, steps: int, clips: int = 16, seed: int = 0):
+def train_tower_stage(
+    model: SparrowForVideoGrounding, output: Path, world_name: str, steps: int, clips: int = 16, seed: int = 0
+):
     """Stage "towers": dense attributes, motion and boxes."""
     torch.manual_seed(seed + 2)
-    world = replace(PRESETS[WORLD], still=0.2)
+    world = replace(PRESETS[world_name], still=0.2)
     side = TowerSide(model, world)
     run_stage(
         "towers",

@@ -7,11 +7,11 @@ from torch import nn
 
 from ..configuration_sparrow import SparrowConfig
 
-IMAGE_SIZE = 128
-WORLD = "shapes"  # the generated world the model is trained on from scratch
+TOWER_SIZE = 128  # what the language model sees, pixels
+SEGMENTER_SIZE = 192  # finer: masks are decoded at a quarter of this
 
 
-def sam2_settings(image_size: int = IMAGE_SIZE, hidden_size: int = 128) -> dict:
+def sam2_settings(image_size: int = SEGMENTER_SIZE, hidden_size: int = 128) -> dict:
     """Fields of a `Sam2VideoConfig` of 2.3 M parameters."""
     dims = [24, 48, 96, 192]
     sizes = [[image_size // stride] * 2 for stride in (4, 8, 16)]
@@ -27,7 +27,8 @@ def sam2_settings(image_size: int = IMAGE_SIZE, hidden_size: int = 128) -> dict:
                 "blocks_per_stage": [1, 2, 3, 1],
                 "embed_dim_per_stage": dims,
                 "num_attention_heads_per_stage": [1, 2, 4, 8],
-                "window_size_per_stage": [8, 8, 8, 4],
+                # windows that fill the picture from stride 16 on: none needs padding
+                "window_size_per_stage": [8, 8, image_size // 16, image_size // 32],
                 "global_attention_blocks": [4],
                 "window_positional_embedding_background_size": [7, 7],
             },
@@ -74,12 +75,12 @@ def tiny_config(vocab_size: int = 256, **special_token_ids: int) -> SparrowConfi
             "intermediate_size": 256,
             "num_hidden_layers": 3,
             "num_attention_heads": 4,
-            "image_size": IMAGE_SIZE,
+            "image_size": TOWER_SIZE,
             "patch_size": 16,
             "projection_dim": 64,
         },
         temporal_config={
-            "image_size": IMAGE_SIZE,
+            "image_size": TOWER_SIZE,
             "patch_size": 16,
             "num_frames": 8,
             "tubelet_size": 4,
@@ -134,6 +135,13 @@ def tiny_config(vocab_size: int = 256, **special_token_ids: int) -> SparrowConfi
 
 
 @torch.no_grad()
+def initialize_attributes(side: nn.Module):
+    """Start the throw-away attribute embeddings of the pixel side at a size that the mask decoder notices."""
+    for embedding in side.attribute_prompts.values():
+        nn.init.normal_(embedding.weight, std=0.3)
+
+
+@torch.no_grad()
 def initialize_for_scratch(side: nn.Module):
     """Start the pixel side (`mask_tracker`, `region_proposer`, `filtration_head`) where it can learn from little data.
 
@@ -150,8 +158,6 @@ def initialize_for_scratch(side: nn.Module):
             # what starts at zero does so on purpose: box offsets, deformable sampling
             if isinstance(module, (nn.Linear, nn.Conv2d)) and module.weight.any():
                 nn.init.xavier_uniform_(module.weight)
-    for embedding in side.attribute_prompts.values():
-        nn.init.normal_(embedding.weight, std=0.3)
     sam2 = side.mask_tracker.sam2
     frequencies = 0.5 * torch.randn_like(sam2.shared_image_embedding.positional_embedding)
     sam2.shared_image_embedding.positional_embedding.copy_(frequencies)

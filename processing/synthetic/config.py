@@ -37,8 +37,8 @@ HELD_OUT_PAIRS = (
     ("tree", "blue"),
 )
 
-# Length of an object's longest side, as a share of the picture's short side (18-22 and 32-38 px at 128 px).
-SIZES = {"small": (18 / 128, 22 / 128), "large": (32 / 128, 38 / 128)}
+# Length of an object's longest side, as a share of the picture's short side (23-28 and 37-46 px at 128 px).
+SIZES = {"small": (23 / 128, 28 / 128), "large": (37 / 128, 46 / 128)}
 # Unit steps (x, y); y points down.
 DIRECTIONS = {"still": (0, 0), "left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 # Speed in short sides per second (1.5-2.5 and 4-6 px per frame at 128 px and 8 frames per second).
@@ -137,7 +137,7 @@ _PROBABILITIES = (
 _EASY = WorldConfig()
 PRESETS = {
     "easy": _EASY,
-    # The world in which the first sparrow-tiny was trained: no emoji, no photographs, only words of that time.
+    # A world to begin with: no emoji, no photographs, few words.
     "shapes": replace(
         _EASY,
         nouns=SHAPES,

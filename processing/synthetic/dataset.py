@@ -11,12 +11,11 @@ from .config import HELD_OUT_PAIRS, PRESETS, WorldConfig
 from .expressions import Expression, all_expressions
 from .world import SyntheticClip, generate_clip
 
-# Preset and number of records. The order of the splits is part of their seeds. The shipped sparrow-tiny was trained on
-# "shapes" and lacks the words of "easy": test-easy asks about the world it knows until it has learned the other.
+# Preset and number of records. The order of the splits is part of their seeds.
 _SPLITS = {
     "train": ("train", 1_000_000),
     "validation": ("train", 512),
-    "test-easy": ("shapes", 512),
+    "test-easy": ("easy", 512),
     "test-hard": ("hard", 512),
     "test-new-words": ("new_words", 512),
 }
