@@ -17,13 +17,13 @@ class SparrowModelOutput(ModelOutput):
     Args:
         last_hidden_state: `(B, L, D)`, normalised, the state that predicts the next token.
         logits: `(B, L, vocabulary)` or of the last `logits_to_keep` positions.
-        past_key_values: cache of the language model.
+        cache: keys and values of the language model.
         hidden_states, attentions: of the language model, when asked for.
     """
 
     last_hidden_state: torch.Tensor | None = None
     logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
+    cache: Cache | None = None
     hidden_states: tuple[torch.Tensor | None, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
 
@@ -35,7 +35,7 @@ class SparrowOutput(ModelOutput):
     Args:
         loss: weighted sum of the losses below that apply.
         ce_loss, mask_bce_loss, mask_dice_loss, filter_class_loss, filter_box_loss: unweighted scalars.
-        logits, past_key_values, hidden_states, attentions: of the language model.
+        logits, cache, hidden_states, attentions: of the language model.
         box_embeddings, seg_embeddings: `(S, prompt_size)`, what the two heads made of the tokens.
         mask_logits: `(S, T, h, w)` low-resolution mask logits of each token on each frame.
         boxes: per token `(K, 4)` normalised xyxy, the boxes that prompted it.
@@ -48,7 +48,7 @@ class SparrowOutput(ModelOutput):
     filter_class_loss: torch.Tensor | None = None
     filter_box_loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
+    cache: Cache | None = None
     hidden_states: tuple[torch.Tensor | None, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     box_embeddings: torch.Tensor | None = None

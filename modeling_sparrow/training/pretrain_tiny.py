@@ -42,12 +42,11 @@ FROM_SCRATCH = {
     "polish": (220, 16),
 }
 FROM_CHECKPOINT = {
-    "image": (900, 8),
+    "image": (1500, 8),
     "video": (300, 8),
     "towers": (3500, 16),
-    "text": (400, 8),
-    "visual": (2400, 8),
-    "polish": (500, 8),
+    "text": (300, 8),
+    "visual": (2200, 8),
 }
 NEEDED = {
     "image": [],

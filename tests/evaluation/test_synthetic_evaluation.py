@@ -239,6 +239,17 @@ def test_controls_change_what_the_language_side_sees_and_nothing_else(loaded, re
     assert all(question[name].equal(plain[name]) for name in (*streams, "mask_pixel_values"))
 
 
+def test_true_boxes_need_no_answer(loaded, records):
+    """Every target is prompted where it first appears, whatever the model would say."""
+    model, processor = loaded
+    for record in records[0]:
+        masks = synthetic.follow_true_boxes(model, processor, record, 8.0)
+        assert masks.shape == (len(record["target_ids"]), *record["frames"].shape[:3]) and masks.dtype == bool
+        assert masks.any(axis=(1, 2, 3)).all()
+    numbers = evaluate_synthetic(model, processor, "validation", clips=3, seed=2, control="true-boxes")
+    assert numbers["control"] == "true-boxes" and numbers["j"] > 0
+
+
 @pytest.mark.parametrize(
     "setting", [{"control": "noise"}, {"clips": 0}, {"split": "tests"}, {"batch_size": 0}, {"seed": -1}]
 )

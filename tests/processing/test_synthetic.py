@@ -120,7 +120,7 @@ def test_sizes_and_speeds_scale_with_the_picture():
         for one, two in objects:
             assert two.length == pytest.approx(2 * one.length, abs=1)
             assert two.speed == pytest.approx(2 * one.speed)
-            low, high = {"small": (18, 22), "large": (32, 38)}[one.size]
+            low, high = {"small": (23, 28), "large": (37, 46)}[one.size]
             assert low <= one.length <= high
             assert one.speed == 0 or 1.5 <= one.speed <= 2.5 or 4 <= one.speed <= 6
 
