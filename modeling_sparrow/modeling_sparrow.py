@@ -291,18 +291,8 @@ class SparrowForVideoGrounding(SparrowPreTrainedModel, GenerationMixin):
             guided = self.config.box_guidance if box_guidance is None else box_guidance
             clips = ClipBatch(mask_pixel_values, num_mask_frames, proposer_pixel_values, original_sizes)
             tokens = self._tokens_by_video(outputs.last_hidden_state, input_ids, video_index, len(clips))
-            pyramid = self._encode_clips(mask_pixel_values)
-            filtered, located = self._locate_clips(tokens, clips, pyramid, guided)
-            grounding = {
-                "box_embeddings": torch.cat([box for box, _ in tokens]),
-                "seg_embeddings": torch.cat([seg for _, seg in tokens]),
-                "boxes": [place.boxes for video in located for place in video],
-            }
-            mask_logits = None
-            if mask_labels is None or "mask_bce_loss" in loss_weights or "mask_dice_loss" in loss_weights:
-                mask_logits = self._segment_clips(tokens, located, clips, pyramid)
-                flat = [logits for video in mask_logits for logits in video]
-                grounding["mask_logits"] = torch.stack(flat) if flat else None
+            with_masks = mask_labels is None or bool({"mask_bce_loss", "mask_dice_loss"} & set(loss_weights))
+            grounding, filtered, mask_logits = self._ground_clips(tokens, clips, guided, with_masks)
             if mask_labels is not None:
                 losses |= self._grounding_losses(filtered, mask_logits, clips, mask_labels, box_labels, num_items)
         losses = {name: value for name, value in losses.items() if name in loss_weights}
@@ -353,6 +343,24 @@ class SparrowForVideoGrounding(SparrowPreTrainedModel, GenerationMixin):
             lengths = num_mask_frames.tolist()
         frames = [self.candidate_frames(length) for length in lengths]
         return count_items(self.config, labels, mask_labels, box_labels, frames)
+
+    def _ground_clips(
+        self, tokens: list[tuple[torch.Tensor, torch.Tensor]], clips: ClipBatch, box_guidance: bool, with_masks: bool
+    ) -> tuple[dict[str, torch.Tensor], list[list[FilteredFrame]], list[list[torch.Tensor]] | None]:
+        """What `forward` returns of boxes and masks, the scored proposals, and the mask logits if they are wanted."""
+        pyramid = self._encode_clips(clips.frames)
+        filtered, located = self._locate_clips(tokens, clips, pyramid, box_guidance)
+        grounding = {
+            "box_embeddings": torch.cat([box for box, _ in tokens]),
+            "seg_embeddings": torch.cat([seg for _, seg in tokens]),
+            "boxes": [place.boxes for video in located for place in video],
+        }
+        if not with_masks:
+            return grounding, filtered, None
+        mask_logits = self._segment_clips(tokens, located, clips, pyramid)
+        flat = [logits for video in mask_logits for logits in video]
+        grounding["mask_logits"] = torch.stack(flat) if flat else None
+        return grounding, filtered, mask_logits
 
     def _locate_clips(
         self,

@@ -12,7 +12,7 @@ from .modeling_sparrow import SparrowForVideoGrounding
 from .pipeline_video_grounding import VideoGroundingPipeline
 
 TASK = "video-grounding"
-# A small model that knows a generated world of shapes, shipped with the package.
+# A small model that knows the generated world, shipped with the package.
 DEFAULT_CHECKPOINT = str(Path(__file__).parent / "checkpoints" / "sparrow-tiny")
 
 

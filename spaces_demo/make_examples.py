@@ -8,25 +8,39 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from sparrow_processing.overlays import VideoWriter
-from sparrow_processing.synthetic import PRESETS, SyntheticClip, generate_clip, split_seed
+from sparrow_processing.synthetic import KINDS, PRESETS, SyntheticClip, all_expressions, generate_clip, split_seed
 
 logger = logging.getLogger(__name__)
 
-# name: colour and noun that one object must have, beside another object with the same noun
-EXAMPLES = {"shapes": ("red", "ring"), "stars": ("green", "star")}
-WORLD = replace(PRESETS["shapes"], height=256, width=256, num_frames=32, min_objects=3)
+# name: preset of the world, and the question that the clip has to be good for
+EXAMPLES = {
+    "shapes": ("shapes", "the red ring"),
+    "stars": ("shapes", "the green star"),
+    "horses": ("easy", "both horses"),
+}
 
 
-def find_clip(colour: str, noun: str) -> SyntheticClip:
-    """First clip of the easy test split in which the pair occurs once, moves, and has a rival of its noun."""
+def find_clip(preset: str, question: str) -> SyntheticClip:
+    """First clip of the easy test split of which the question can be asked, whose targets move among others of their
+    noun or colour, and in which nothing hides."""
+    world = replace(PRESETS[preset], height=256, width=256, num_frames=32, min_objects=3, kinds=KINDS)
     for index in range(100_000):
-        clip = generate_clip(split_seed("test-easy", index), WORLD)
-        named = [thing for thing in clip.objects if (thing.colour, thing.noun) == (colour, noun)]
-        rivals = [thing for thing in clip.objects if thing.noun == noun and thing.colour != colour]
-        if len(named) == 1 and rivals and named[0].speed and (clip.visibility > 0.5).all():
+        clip = generate_clip(split_seed("test-easy", index), world)
+        if not (clip.visibility > 0.5).all():
+            continue
+        expressions = all_expressions(clip, np.random.default_rng(clip.seed))
+        targets = next((item.target_ids for item in expressions if item.text == question), ())
+        meant = [clip.objects[n] for n in targets]
+        words = {word for thing in meant for word in (thing.noun, thing.colour)}
+        rivals = [
+            thing for n, thing in enumerate(clip.objects) if n not in targets and words & {thing.noun, thing.colour}
+        ]
+        if meant and rivals and all(thing.speed for thing in meant):
             return clip
-    raise LookupError(f"no clip with a {colour} {noun} and another {noun}")
+    raise LookupError(f"no clip to ask for {question}")
 
 
 def main():
@@ -35,13 +49,14 @@ def main():
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     options.output.mkdir(parents=True, exist_ok=True)
-    for name, (colour, noun) in EXAMPLES.items():
-        clip = find_clip(colour, noun)
+    for name, (preset, question) in EXAMPLES.items():
+        clip = find_clip(preset, question)
+        config = clip.config
         path = options.output / f"{name}.mp4"
-        with VideoWriter(path, WORLD.width, WORLD.height, fps=WORLD.frames_per_second) as writer:
+        with VideoWriter(path, config.width, config.height, fps=config.frames_per_second) as writer:
             for frame in clip.frames:
                 writer.write(frame)
-        logger.info('%s: seed %d, ask for "the %s %s"', path.name, clip.seed, colour, noun)
+        logger.info('%s: seed %d, ask for "%s"', path.name, clip.seed, question)
 
 
 if __name__ == "__main__":

@@ -68,28 +68,17 @@ def tiny_config(vocab_size: int = 256, **special_token_ids: int) -> SparrowConfi
     """
     text_ids = {name: special_token_ids.pop(name, None) for name in ("pad_token_id", "eos_token_id")}
     ids = {"box_token_id": 3, "seg_token_id": 4, "video_token_id": 5, "tsf_token_id": 6} | special_token_ids
+    tower = {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "image_size": TOWER_SIZE,
+        "patch_size": 16,
+    }
     return SparrowConfig(
-        spatial_config={
-            "model_type": "clip_vision_model",
-            "hidden_size": 128,
-            "intermediate_size": 256,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "image_size": TOWER_SIZE,
-            "patch_size": 16,
-            "projection_dim": 64,
-        },
-        temporal_config={
-            "image_size": TOWER_SIZE,
-            "patch_size": 16,
-            "num_frames": 8,
-            "tubelet_size": 4,
-            "hidden_size": 128,
-            "intermediate_size": 256,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "layer_scale_init_value": 1.0,
-        },
+        spatial_config=tower | {"model_type": "clip_vision_model", "projection_dim": 64},
+        temporal_config=tower | {"num_frames": 8, "tubelet_size": 4, "layer_scale_init_value": 1.0},
         text_config={
             "model_type": "llama",
             "vocab_size": vocab_size,
@@ -123,10 +112,12 @@ def tiny_config(vocab_size: int = 256, **special_token_ids: int) -> SparrowConfi
             "roi_size": 5,
             "dot_product_score": True,
             "num_refined": 8,
-            "max_boxes_per_token": 1,  # the questions of its training mean one object
+            "max_boxes_per_token": 4,
+            "nms_threshold": 0.5,
+            "fallback_threshold": 0.3,  # below: nothing matches
         },
         num_frames=8,
-        num_prompt_frames=1,  # and it is there on the first frame
+        num_prompt_frames=4,
         spatial_feature_layer=-1,
         spatial_pool_size=3,
         temporal_pool_size=8,
