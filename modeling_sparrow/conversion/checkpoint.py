@@ -134,16 +134,7 @@ def convert_checkpoint(
     """
     source, output = Path(source), Path(output)
     settings = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    official = merge_lora(read_state_dict(source), lora_alpha)
-    if not any(key.startswith("model.vision_tower.") for key in official):
-        if internvideo is None:
-            raise ValueError(f"{source} holds no temporal tower: pass internvideo=, the InternVideo2 stage 2 file.")
-        tower = read_state_dict(internvideo)
-        official |= {f"model.vision_tower.{k}": v for k, v in tower.items() if k.startswith("vision_encoder.")}
-    spatial = "model.image_vision_tower.vision_tower."
-    if not any(key.startswith(spatial) for key in official):
-        tower = {k: v for k, v in read_state_dict(clip).items() if k.startswith("vision_model.")}
-        official |= {spatial + key: value for key, value in tower.items()}
+    official = _release_with_towers(source, clip, internvideo, lora_alpha)
     temporal = {k.removeprefix("model.vision_tower."): v for k, v in official.items() if "vision_encoder." in k}
     temporal_config = internvideo2_config(temporal, internvideo_heads)
     weights = None if detector is None else read_state_dict(detector)
@@ -187,6 +178,23 @@ def convert_checkpoint(
     model.save_pretrained(output)
     SparrowProcessor.from_config(config, tokenizer).save_pretrained(output)
     return model
+
+
+def _release_with_towers(
+    source: Path, clip: str | Path, internvideo: str | Path | None, lora_alpha: float
+) -> dict[str, torch.Tensor]:
+    """Merged tensors of a release; towers that it does not hold come from their own files."""
+    official = merge_lora(read_state_dict(source), lora_alpha)
+    if not any(key.startswith("model.vision_tower.") for key in official):
+        if internvideo is None:
+            raise ValueError(f"{source} holds no temporal tower: pass internvideo=, the InternVideo2 stage 2 file.")
+        tower = read_state_dict(internvideo)
+        official |= {f"model.vision_tower.{k}": v for k, v in tower.items() if k.startswith("vision_encoder.")}
+    spatial = "model.image_vision_tower.vision_tower."
+    if not any(key.startswith(spatial) for key in official):
+        tower = {k: v for k, v in read_state_dict(clip).items() if k.startswith("vision_model.")}
+        official |= {spatial + key: value for key, value in tower.items()}
+    return official
 
 
 def load_tokenizer(source: Path) -> PreTrainedTokenizerBase:
