@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sparrow_processing import SparrowProcessor
 
+from ..evaluation.synthetic import evaluate_synthetic
 from ..modeling_sparrow import SparrowForVideoGrounding
 from ..registration import DEFAULT_CHECKPOINT
 from .pretrain_language import train_language_stage
@@ -43,11 +44,14 @@ FROM_SCRATCH = {
 }
 FROM_CHECKPOINT = {
     "image": (1500, 8),
-    "video": (300, 8),
+    "video": (520, 8),
     "towers": (3500, 16),
     "text": (300, 8),
     "visual": (2200, 8),
+    "polish": (500, 8),
 }
+# rules of the filtration head, and the values among which the validation split chooses
+RULES = {"score_threshold": (0.4, 0.5, 0.6), "fallback_threshold": (0.2, 0.3, 0.4, 0.5)}
 NEEDED = {
     "image": [],
     "video": ["image"],
@@ -178,6 +182,25 @@ def assemble(output: Path, checkpoint: Path, world: str, seed: int, start: Path 
     (checkpoint / "training.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 
+def choose_rules(checkpoint: Path, clips: int = 130):
+    """Set the rules of a checkpoint to what gives the best J&F on the validation split, one after another."""
+    model = SparrowForVideoGrounding.from_pretrained(checkpoint).eval()
+    processor = SparrowProcessor.from_pretrained(checkpoint)
+    rules, figures = model.config.filtration_config, {}
+    for name, values in RULES.items():
+        figures[name] = {}
+        for value in values:
+            setattr(rules, name, value)
+            scores = evaluate_synthetic(model, processor, "validation", clips, seed=1)
+            figures[name][value] = round(scores["j_and_f"], 4)
+        setattr(rules, name, max(figures[name], key=figures[name].get))
+        logger.info("%s: %s of %s", name, getattr(rules, name), figures[name])
+    model.config.save_pretrained(checkpoint)
+    history = checkpoint / "training.json"
+    record = json.loads(history.read_text(encoding="utf-8")) | {"validation_j_and_f": figures}
+    history.write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+
 def _summary(log: Path) -> dict:
     """Last figures of a stage, its steps and its time over all runs."""
     records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
@@ -196,7 +219,7 @@ def main():
     parser.add_argument(
         "--checkpoint", type=Path, default=Path(DEFAULT_CHECKPOINT), help="folder of the finished model"
     )
-    parser.add_argument("--stages", nargs="*", choices=[*FROM_SCRATCH, "assemble"], help="default: all")
+    parser.add_argument("--stages", nargs="*", choices=[*FROM_SCRATCH, "assemble", "rules"], help="default: all")
     parser.add_argument("--world", choices=("shapes", "train"), default="train", help="preset of the clips")
     parser.add_argument("--start", type=Path, help="checkpoint to begin with; default: random weights")
     parser.add_argument("--steps-scale", type=float, default=1.0, help="multiplies the steps of every stage")
@@ -206,9 +229,12 @@ def main():
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(options.threads)
     plan = recipe(options.start)
-    for stage in options.stages or [*plan, "assemble"]:
+    for stage in options.stages or [*plan, "assemble", "rules"]:
         if stage == "assemble":
             assemble(options.output, options.checkpoint, options.world, options.seed, options.start)
+            continue
+        if stage == "rules":
+            choose_rules(options.checkpoint)
             continue
         steps, clips = plan[stage]
         steps = max(1, round(steps * options.steps_scale))

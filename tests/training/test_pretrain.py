@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 
 import pytest
 import torch
@@ -53,6 +54,20 @@ def test_every_stage_in_turn_and_a_checkpoint_that_grounds(small_start, short_ev
     clip = generate_clip(split_seed("validation", 0), PRESETS["train"])
     inputs = processor(text="the red ring", videos=open_video(clip.frames, fps=8.0), task="refer")
     assert model.ground(**inputs).num_frames == [8]
+
+
+def test_the_validation_split_chooses_the_rules(small_start, tmp_path, monkeypatch):
+    def pretend(model, processor, split, clips, seed):
+        rules = model.config.filtration_config
+        assert split == "validation"
+        return {"j_and_f": 1 - abs(rules.score_threshold - 0.4) - abs(rules.fallback_threshold - 0.2)}
+
+    monkeypatch.setattr(pretrain_tiny, "evaluate_synthetic", pretend)
+    folder = shutil.copytree(small_start, tmp_path / "model")
+    pretrain_tiny.choose_rules(folder)
+    rules = load_model(str(folder), "cpu")[0].config.filtration_config
+    assert (rules.score_threshold, rules.fallback_threshold) == (0.4, 0.2)
+    assert json.loads((folder / "training.json").read_text())["validation_j_and_f"]["score_threshold"]["0.4"] > 0.8
 
 
 def test_a_stage_says_what_it_needs(tmp_path, small_start):
