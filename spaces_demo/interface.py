@@ -22,7 +22,7 @@ from .session import DemoLimits, Session, visitor_folder
 logger = logging.getLogger(__name__)
 
 HERE = Path(__file__).parent
-EXAMPLES = [("shapes.mp4", "the red ring"), ("stars.mp4", "the green star"), ("horses.mp4", "both horses")]
+EXAMPLES = [("shapes.mp4", "the red ring"), ("stars.mp4", "the green star"), ("rabbits.mp4", "both rabbits")]
 TASKS = [("Find", "refer"), ("Box", "box"), ("Describe", "describe"), ("Ask", "ask")]
 SECONDS_BETWEEN_UPDATES = 0.3
 SESSION_SECONDS = 3600  # how long results are kept for a visitor who does nothing

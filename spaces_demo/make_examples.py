@@ -19,17 +19,17 @@ logger = logging.getLogger(__name__)
 EXAMPLES = {
     "shapes": ("shapes", "the red ring"),
     "stars": ("shapes", "the green star"),
-    "horses": ("easy", "both horses"),
+    "rabbits": ("easy", "both rabbits"),
 }
 
 
 def find_clip(preset: str, question: str) -> SyntheticClip:
     """First clip of the easy test split of which the question can be asked, whose targets move among others of their
-    noun or colour, and in which nothing hides."""
+    noun or colour, and in which nothing hides anything."""
     world = replace(PRESETS[preset], height=256, width=256, num_frames=32, min_objects=3, kinds=KINDS)
     for index in range(100_000):
         clip = generate_clip(split_seed("test-easy", index), world)
-        if not (clip.visibility > 0.5).all():
+        if not (clip.visibility > 0.95).all():
             continue
         expressions = all_expressions(clip, np.random.default_rng(clip.seed))
         targets = next((item.target_ids for item in expressions if item.text == question), ())
