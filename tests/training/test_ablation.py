@@ -72,6 +72,6 @@ def test_mean_and_spread(tmp_path):
 
 def test_the_shipped_ablation_names_shipped_stages():
     settings = read_settings("tiny_ablation", AblationSettings)
-    assert settings.split == "test-hard" and len(settings.seeds) == 3
+    assert settings.split == "test-hard" and len(settings.seeds) > 1
     assert read_settings(settings.target_injection, TargetInjectionStage).lora is None
     assert read_settings(settings.filter, FilterStage).box_guidance
