@@ -57,6 +57,12 @@ class Grounder:
         """Confidence that makes a proposal a box."""
         return self.model.config.filtration_config.score_threshold
 
+    @property
+    def least_score(self) -> float:
+        """With which the best region is still kept."""
+        rules = self.model.config.filtration_config
+        return min(rules.score_threshold, rules.fallback_threshold)
+
     @torch.no_grad()
     def _ground(self, inputs: dict[str, Any]) -> Iterator[GroundingOutput | RegionProposals | tuple[int, FrameMasks]]:
         """Answer; gives the output as soon as text and prompts are known, then (row, masks) of frame after frame, then

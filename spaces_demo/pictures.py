@@ -151,7 +151,7 @@ def best_rejected(session: Session, grounder: Grounder) -> dict[int, tuple[str, 
             index = int(place.confidence.argmax())
             sentence = (
                 f"{what} The best candidate was rejected: it scored {place.confidence[index]:.2f}, and "
-                f"{grounder.score_threshold:.2f} is needed. It is drawn on frame {place.frame_index}."
+                f"{grounder.least_score:.2f} is needed. It is drawn on frame {place.frame_index}."
             )
             found[row] = (sentence, _candidate(session, place.proposals.boxes[0, index], place.frame_index))
         elif session.candidates is not None:
