@@ -4,6 +4,7 @@ Every data set lists its videos and expressions and knows the ground truth of ea
 PNG files `<predictions>/<video>/<expression id>/<frame>.png` at the size of the annotation.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -117,7 +118,7 @@ class FileTrack:
             raise EvaluationError(f"{self.paths[index]}: annotation missing") from error
 
 
-class ReferringDataset:
+class ReferringDataset(ABC):
     """Expressions of a benchmark in its official layout, with their ground truth.
 
     Iterating yields [`ReferringSample`]s in the benchmark's order. Listing needs only the annotation files;
@@ -203,13 +204,13 @@ class ReferringDataset:
         kept = set(self.video_names[:count])
         self.samples = [sample for sample in self if sample.video in kept]
 
+    @abstractmethod
     def ground_truth(self, sample: ReferringSample) -> RleTrack | FileTrack:
         """Masks of an expression.
 
         Raises:
             EvaluationError: if the split has no public ground truth or a file is absent.
         """
-        raise NotImplementedError
 
     def foreground(self, video: str) -> RleTrack | None:
         """Masks of everything annotated in a video, for benchmarks that measure robustness."""

@@ -56,6 +56,8 @@ FIRST_FRAME_KINDS = ("position", "ordinal", "relation", "motion", "speed", "even
 # kinds that (also) ask what no single frame answers
 MOVING_KINDS = ("motion", "speed", "event", "meeting", "multi", "none")
 
+WELL_SEEN = 0.3  # visible share of an object that a frame can be asked about
+
 
 @dataclass
 class Question:
@@ -263,13 +265,13 @@ def filter_scores(
 
 def visible_targets(questions: list[Question], clips: list[SyntheticClip], frame: int) -> list[list[int]]:
     """Objects that each question means and that the frame shows."""
-    return [[n for n in q.targets if clips[q.clip].visibility[n, frame] > 0.3] for q in questions]
+    return [[n for n in q.targets if clips[q.clip].visibility[n, frame] > WELL_SEEN] for q in questions]
 
 
 def is_clear(question: Question, clips: list[SyntheticClip], frame: int) -> bool:
     """Whether each target is either well seen on the frame or not there at all."""
     seen = clips[question.clip].visibility[list(question.targets), frame]
-    return bool(((seen > 0.3) | (seen == 0)).all())
+    return bool(((seen > WELL_SEEN) | (seen == 0)).all())
 
 
 def filter_loss(
@@ -295,7 +297,8 @@ def filter_loss(
     s, m = own.any(1).nonzero(as_tuple=True)
     right = output.logits[s].masked_fill(~own[s, :, m], float("-inf")).logsumexp(-1)
     absent = targets.isnan().all(-1).all(-1)
-    ranking = torch.cat([F.softplus(wrong[s] - right), wrong[absent]]).mean()
+    ranking = torch.cat([F.softplus(wrong[s] - right), wrong[absent]])
+    ranking = ranking.sum() / max(len(ranking), 1)  # there may be no proposal on any target
     chosen = targets.gather(1, owner[..., None].expand(-1, -1, 4))[positive]
     boxes = box_regression_loss(output.boxes[positive], chosen)
     return {"filter": filtration_class_loss(output.logits, labels), "ranking": ranking, "box": boxes}
@@ -338,8 +341,8 @@ def language_step(
     if with_video:
         if frame == 0:
             one = [row for row, own in enumerate(seen) if len(own) == 1]
-            wanted = xyxy_to_cxcywh(targets[one, 0])
-            losses["regressor"] = F.l1_loss(side.box_regressor(tokens[one]).sigmoid(), wanted) * 4
+            distance = (side.box_regressor(tokens[one]).sigmoid() - xyxy_to_cxcywh(targets[one, 0])).abs()
+            losses["regressor"] = distance.sum() / max(len(one), 1)
             loss = loss + 1.5 * losses["regressor"]
         losses["attention"] = attention_loss(side, states.attention, batch, questions)
         losses["words"] = motion_words_loss(side, states.query, batch, questions)
@@ -364,6 +367,8 @@ def seg_loss(
     """
     pixels: PixelSide = side.frozen["pixels"]
     pairs = [(s, n) for s, own in enumerate(seen) for n in own]
+    if not pairs:
+        return tokens.sum() * 0.0
     with torch.no_grad():
         objects = [clips[questions[s].clip].objects[n] for s, n in pairs]
         wanted = sum(pixels.attribute_prompts[name](label) for name, label in pixels.labels(objects).items())

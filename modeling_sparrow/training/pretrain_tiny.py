@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sparrow_processing import SparrowProcessor
 
+from ..evaluation.files import read_json, write_json
 from ..evaluation.synthetic import evaluate_synthetic
 from ..modeling_sparrow import SparrowForVideoGrounding
 from ..registration import DEFAULT_CHECKPOINT
@@ -163,8 +164,6 @@ def train_stage(stage: str, output: Path, world: str, steps: int, clips: int, se
 
 def assemble(output: Path, checkpoint: Path, world: str, seed: int, start: Path | None = None):
     """Write the checkpoint folder from the finished stages: model, processor, and how it was made."""
-    earlier = start / "training.json" if start is not None else None
-    earlier = json.loads(earlier.read_text(encoding="utf-8")) if earlier is not None else None
     model, processor = new_model(seed, start)
     for stage in recipe(start):
         load_stage(model, output, stage)
@@ -177,9 +176,9 @@ def assemble(output: Path, checkpoint: Path, world: str, seed: int, start: Path 
         "seed": seed,
         "hardware": f"{platform.machine()}, {torch.get_num_threads()} thread(s)",
         "stages": {stage: _summary(output / f"{stage}.jsonl") for stage in recipe(start)},
-        "start": earlier,
+        "start": None if start is None else read_json(start / "training.json"),
     }
-    (checkpoint / "training.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    write_json(checkpoint / "training.json", record)
 
 
 def choose_rules(checkpoint: Path, clips: int = 130):
@@ -197,8 +196,7 @@ def choose_rules(checkpoint: Path, clips: int = 130):
         logger.info("%s: %s of %s", name, getattr(rules, name), figures[name])
     model.config.save_pretrained(checkpoint)
     history = checkpoint / "training.json"
-    record = json.loads(history.read_text(encoding="utf-8")) | {"validation_j_and_f": figures}
-    history.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    write_json(history, read_json(history) | {"validation_j_and_f": figures})
 
 
 def _summary(log: Path) -> dict:

@@ -256,7 +256,7 @@ def _place_at_edge(rng: np.random.Generator, thing: SyntheticObject, config: Wor
 def _choose_bar(rng: np.random.Generator, objects: list[SyntheticObject], config: WorldConfig) -> Bar | None:
     """A bar that an object passes behind, seen before and after, and that does not hide others most of the time."""
     moving = [thing for thing in objects if thing.speed]
-    for index in np.tile(rng.permutation(len(moving)), 4):
+    for index in np.tile(rng.permutation(len(moving)), 4):  # large objects rarely fit at the first time of hiding
         thing = moving[index]
         hidden_at = round(rng.uniform(0.35, 0.65) * (config.num_frames - 1))
         middle, width = thing.centres[hidden_at, thing.axis], thing.length * rng.uniform(0.8, 1.2)

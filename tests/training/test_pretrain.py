@@ -150,6 +150,11 @@ def test_each_target_and_nothing_else_is_kept(targets, right, wrong, side):
         assert losses["filter"] > 1 and losses["ranking"] > 0.5
 
 
+def test_a_target_without_a_proposal_teaches_no_rank(side):
+    losses = losses_of(side, [9.0, -9.0, -9.0], [torch.tensor([0.4, 0.1, 0.5, 0.2]), NOWHERE])
+    assert losses["ranking"] == 0 and losses["box"] == 0 and losses["filter"] > 1
+
+
 def test_questions_with_one_several_and_no_targets_are_asked(side):
     import numpy as np
 
