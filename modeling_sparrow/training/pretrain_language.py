@@ -10,6 +10,7 @@ from the end of the clip, so the result equals one row per question.
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +39,10 @@ from ..region_proposer import RegionProposals
 from .loop import run_stage
 from .pretrain_segmenter import JITTER, PixelSide, batch_clips, encode_frames
 from .pretrain_towers import (
+    BACKGROUND,
     DIRECTIONS,
+    MOTION_WORDS,
+    as_seen,
     box_distance,
     patch_owner,
     patch_targets,
@@ -56,6 +60,12 @@ FIRST_FRAME_KINDS = ("position", "ordinal", "relation", "motion", "speed", "even
 # kinds that (also) ask what no single frame answers
 MOVING_KINDS = ("motion", "speed", "event", "meeting", "multi", "none")
 
+# kinds that ask how one thing looks, and by what
+LOOKS = {"class": ("noun",), "colour": ("colour",), "colour_class": ("noun", "colour")}
+
+# of the losses that keep what the temporal tokens tell
+PATCH_WEIGHT = {"direction": 1.0, "noun": 0.3, "colour": 0.3, "size": 0.3, "speed": 0.3, "action": 0.5}
+
 WELL_SEEN = 0.3  # visible share of an object that a frame can be asked about
 
 
@@ -70,9 +80,19 @@ class Question:
 
 
 class LanguageSide(nn.Module):
-    """What the language stages train, beside throw-away heads; the pixel side is frozen and not registered here."""
+    """What the language stages train, beside throw-away heads; the pixel side is frozen and not registered here.
 
-    def __init__(self, model: SparrowForVideoGrounding, processor: SparrowProcessor, pixel_side: PixelSide):
+    Args:
+        attributes: whether the attribute embeddings of the pixel side are trained.
+    """
+
+    def __init__(
+        self,
+        model: SparrowForVideoGrounding,
+        processor: SparrowProcessor,
+        pixel_side: PixelSide,
+        attributes: bool = False,
+    ):
         super().__init__()
         self.language_model = model.model.host.language_model
         self.adapters = nn.ModuleList([model.model.host.spatial_adapter, model.model.host.temporal_adapter])
@@ -82,8 +102,10 @@ class LanguageSide(nn.Module):
         self.box_regressor = nn.Sequential(nn.Linear(size, size), nn.ReLU(), nn.Linear(size, 4))
         size = model.config.text_config.hidden_size
         self.motion_classifier = nn.Linear(size, len(DIRECTIONS))
-        self.patch_heads = nn.ModuleDict({"box": nn.Linear(size, 4), "direction": nn.Linear(size, len(DIRECTIONS))})
-        self.frozen = {"model": model, "processor": processor, "pixels": pixel_side}
+        self.words = pixel_side.words | MOTION_WORDS
+        self.patch_heads = nn.ModuleDict({name: nn.Linear(size, len(words)) for name, words in self.words.items()})
+        self.patch_heads["box"] = nn.Linear(size, 4)
+        self.frozen = {"model": model, "processor": processor, "pixels": pixel_side, "attributes": attributes}
 
     @property
     def model(self) -> SparrowForVideoGrounding:
@@ -100,21 +122,33 @@ def shared_ids(side: LanguageSide, num_frames: int) -> list[int]:
     return ids[: ids.index(side.processor.tokenizer.convert_tokens_to_ids("x"))]
 
 
+def is_askable(clip: SyntheticClip, item: Expression, frame: int, with_video: bool) -> bool:
+    """Whether a question can be answered by the regions of one frame: each target is either well seen there or not
+    there at all. What depends on the first frame or on the whole clip is looked for there, or on a later frame if the
+    first one shows none of the targets."""
+    if not with_video and item.kind in MOVING_KINDS:
+        return False
+    seen = clip.visibility[list(item.target_ids)]
+    if not ((seen[:, frame] > WELL_SEEN) | (seen[:, frame] == 0)).all():
+        return False
+    return frame == 0 or item.kind not in FIRST_FRAME_KINDS or not seen[:, 0].any()
+
+
 def draw_questions(
     side: LanguageSide,
     clips: list[SyntheticClip],
     count: int,
     rng: np.random.Generator,
-    kinds: tuple[str, ...],
+    is_allowed: Callable[[SyntheticClip, Expression], bool],
     favoured: str | None = None,
 ) -> list[Question]:
-    """Up to `count` questions per clip, kinds balanced, or half of them of the favoured kind."""
+    """Up to `count` allowed questions per clip, kinds balanced, or half of them of the favoured kind."""
     tokenizer = side.processor.tokenizer
     answer = tokenizer.encode(ANSWER + " <|end|>", add_special_tokens=False)
     prefix = len(shared_ids(side, 0))
     questions = []
     for number, clip in enumerate(clips):
-        possible = [item for item in all_expressions(clip, rng) if item.kind in kinds]
+        possible = [item for item in all_expressions(clip, rng) if is_allowed(clip, item)]
         drawn = sample_expressions([item for item in possible if item.kind == favoured], count // 2, rng)
         drawn += sample_expressions([item for item in possible if item.kind != favoured], count - len(drawn), rng)
         for item in drawn:
@@ -182,23 +216,26 @@ def language_states(
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     visible = (same & causal) | torch.eye(length, dtype=torch.bool)
     mask = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)[:, None]
-    embeddings = _embed(side, ids, clips, with_video)
-    output = side.language_model(
-        inputs_embeds=embeddings,
-        attention_mask=mask,
-        position_ids=positions,
-        output_hidden_states=True,
-        output_attentions=with_video and side.training,
-    )
-    hidden = output.hidden_states[-1]
+    with torch.autocast("cpu", torch.bfloat16, enabled=side.training):
+        output = side.language_model(
+            inputs_embeds=_embed(side, ids, clips, with_video),
+            attention_mask=mask,
+            position_ids=positions,
+            output_hidden_states=True,
+            output_attentions=with_video and side.training,
+        )
+    hidden, middle = output.hidden_states[-1].float(), output.hidden_states[-3].float()
     rows, columns = (list(places) for places in zip(*box_at, strict=True))
+    scores = output.logits[:, :-1].flatten(0, 1).float()
     return LanguageStates(
         box=hidden[rows, columns],
         seg=hidden[rows, [column for _, column in seg_at]],
-        text_loss=F.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100),
-        query=output.hidden_states[-3][rows, columns],
-        clips=output.hidden_states[-3][:, : len(prefix)],
-        attention=output.attentions[-2][rows, :, columns, : len(prefix)] if with_video and side.training else None,
+        text_loss=F.cross_entropy(scores, labels[:, 1:].flatten(), ignore_index=-100),
+        query=middle[rows, columns],
+        clips=middle[:, : len(prefix)],
+        attention=output.attentions[-2][rows, :, columns, : len(prefix)].float()
+        if with_video and side.training
+        else None,
     )
 
 
@@ -243,13 +280,24 @@ def add_true_boxes(proposals: RegionProposals, boxes: list[torch.Tensor]) -> Reg
     )
 
 
-def filter_scores(
-    side: LanguageSide, tokens: torch.Tensor, clip_of: list[int], proposals: RegionProposals, pyramid: FramePyramid
-) -> FiltrationOutput:
-    """Filtration of every question over the proposals of its own clip: logits `(S, Q)`, boxes `(S, Q, 4)`."""
+def region_features(
+    side: LanguageSide, proposals: RegionProposals, pyramid: FramePyramid
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pooled regions and region tokens of the proposals, see [`FiltrationHead.encode_regions`]."""
     tracker = side.frozen["pixels"].mask_tracker
     levels = [*pyramid.levels[:-1], tracker.features_without_memory(pyramid).detach()]
-    regions, region_tokens = side.filtration_head.encode_regions(proposals.boxes, levels)
+    return side.filtration_head.encode_regions(proposals.boxes, levels)
+
+
+def filter_scores(
+    side: LanguageSide,
+    tokens: torch.Tensor,
+    clip_of: list[int],
+    proposals: RegionProposals,
+    features: tuple[torch.Tensor, torch.Tensor],
+) -> FiltrationOutput:
+    """Filtration of every question over the proposals of its own clip: logits `(S, Q)`, boxes `(S, Q, 4)`."""
+    regions, region_tokens = features
     logits, boxes = [], []
     for number in sorted(set(clip_of)):
         own = [s for s, clip in enumerate(clip_of) if clip == number]
@@ -266,12 +314,6 @@ def filter_scores(
 def visible_targets(questions: list[Question], clips: list[SyntheticClip], frame: int) -> list[list[int]]:
     """Objects that each question means and that the frame shows."""
     return [[n for n in q.targets if clips[q.clip].visibility[n, frame] > WELL_SEEN] for q in questions]
-
-
-def is_clear(question: Question, clips: list[SyntheticClip], frame: int) -> bool:
-    """Whether each target is either well seen on the frame or not there at all."""
-    seen = clips[question.clip].visibility[list(question.targets), frame]
-    return bool(((seen > WELL_SEEN) | (seen == 0)).all())
 
 
 def filter_loss(
@@ -304,27 +346,53 @@ def filter_loss(
     return {"filter": filtration_class_loss(output.logits, labels), "ranking": ranking, "box": boxes}
 
 
+def absence_loss(
+    side: LanguageSide,
+    tokens: torch.Tensor,
+    questions: list[Question],
+    clips: list[SyntheticClip],
+    proposals: RegionProposals,
+    features: tuple[torch.Tensor, torch.Tensor],
+) -> torch.Tensor:
+    """Questions about the look of one thing, put to the regions of the other clips: where no object looks so,
+    "nothing" (logit 0) has to win. This is how rare words meet enough things that they do not mean."""
+    asked = [row for row, question in enumerate(questions) if question.expression.kind in LOOKS]
+    absent = torch.zeros(len(asked), len(clips), dtype=torch.bool)
+    for place, row in enumerate(asked):
+        question = questions[row]
+        words = LOOKS[question.expression.kind]
+        target = clips[question.clip].objects[question.targets[0]]
+        for number, clip in enumerate(clips):
+            alike = [all(getattr(thing, word) == getattr(target, word) for word in words) for thing in clip.objects]
+            absent[place, number] = not any(alike)  # never so in its own clip
+    if not absent.any():
+        return tokens.sum() * 0.0
+    logits, _ = side.filtration_head.score(tokens[asked], *features)
+    logits = logits.masked_fill(~proposals.valid, float("-inf"))[absent]
+    return torch.cat([logits, torch.zeros_like(logits[:, :1])], dim=-1).logsumexp(-1).mean()
+
+
 def language_step(
     step: int,
     side: LanguageSide,
-    world: WorldConfig,
+    worlds: list[WorldConfig],
     clips: int,
     per_clip: int,
     seed: int,
     with_video: bool,
     favoured: str | None,
+    seg_every: int,
 ) -> dict[str, torch.Tensor]:
     rng = np.random.default_rng([seed, step])
     torch.manual_seed(seed * 1_000_003 + step)
+    world = worlds[step % len(worlds)]
     batch = batch_clips(step, clips, seed, world)
-    frame = 0 if rng.random() < 0.8 else int(rng.integers(world.num_frames))
-    kinds = tuple(kind for kind in world.kinds if frame == 0 or kind not in FIRST_FRAME_KINDS)
-    if not with_video:
-        kinds = tuple(kind for kind in kinds if kind not in MOVING_KINDS)
+    watched = [as_seen(clip, side.model.config.num_frames) for clip in batch]
+    frame = 0 if rng.random() < 0.75 else int(rng.choice(side.model.candidate_frames(world.num_frames)))
     boxes = true_boxes(batch, frame)
-    questions = draw_questions(side, batch, per_clip, rng, kinds, favoured)
-    questions = [q for q in questions if is_clear(q, batch, frame)]
-    states = language_states(side, batch, questions, with_video)
+    is_allowed = functools.partial(is_askable, frame=frame, with_video=with_video)
+    questions = draw_questions(side, batch, per_clip, rng, is_allowed, favoured)
+    states = language_states(side, watched, questions, with_video)
     clip_of = [q.clip for q in questions]
     seen = visible_targets(questions, batch, frame)
     targets = torch.full((len(questions), max(map(len, boxes)), 4), float("nan"))
@@ -334,19 +402,23 @@ def language_step(
     if rng.random() < 0.6:
         proposals = add_true_boxes(proposals, boxes)
     tokens = side.box_head(states.box)
-    losses = filter_loss(side, filter_scores(side, tokens, clip_of, proposals, pyramid), proposals, clip_of, targets)
+    features = region_features(side, proposals, pyramid)
+    losses = filter_loss(side, filter_scores(side, tokens, clip_of, proposals, features), proposals, clip_of, targets)
+    losses["absence"] = absence_loss(side, tokens, questions, batch, proposals, features)
     losses["text"] = states.text_loss
-    losses["seg"] = seg_loss(side, side.seg_head(states.seg), batch, questions, seen, frame, pyramid)
-    loss = 2 * losses["filter"] + losses["ranking"] + losses["box"] + 0.2 * losses["text"] + 0.5 * losses["seg"]
+    loss = 2 * losses["filter"] + losses["ranking"] + losses["box"] + 0.3 * losses["absence"] + 0.2 * losses["text"]
+    if step % seg_every == 0:
+        losses["seg"] = seg_loss(side, side.seg_head(states.seg), batch, questions, seen, frame, pyramid)
+        loss = loss + 0.5 * losses["seg"]
     if with_video:
         if frame == 0:
             one = [row for row, own in enumerate(seen) if len(own) == 1]
             distance = (side.box_regressor(tokens[one]).sigmoid() - xyxy_to_cxcywh(targets[one, 0])).abs()
             losses["regressor"] = distance.sum() / max(len(one), 1)
             loss = loss + 1.5 * losses["regressor"]
-        losses["attention"] = attention_loss(side, states.attention, batch, questions)
+        losses["attention"] = attention_loss(side, states.attention, watched, questions)
         losses["words"] = motion_words_loss(side, states.query, batch, questions)
-        losses["patches"] = patch_loss(side, states.clips, batch)
+        losses["patches"] = patch_loss(side, states.clips, watched)
         loss = loss + 0.4 * losses["attention"] + 0.5 * losses["words"] + 0.5 * losses["patches"]
     return {"loss": loss, **losses}
 
@@ -360,7 +432,8 @@ def seg_loss(
     frame: int,
     pyramid: FramePyramid,
 ) -> torch.Tensor:
-    """[SEG] embeddings: near the attribute embedding that the frozen mask decoder can read, and masks from them.
+    """[SEG] embeddings: masks from them, and near the attribute embedding that the frozen mask decoder can read, where
+    that was learnt in this run.
 
     A third of the masks have no box beside them, so that the embedding has to say what the object is: only those of
     questions that mean one object.
@@ -369,10 +442,12 @@ def seg_loss(
     pairs = [(s, n) for s, own in enumerate(seen) for n in own]
     if not pairs:
         return tokens.sum() * 0.0
-    with torch.no_grad():
-        objects = [clips[questions[s].clip].objects[n] for s, n in pairs]
-        wanted = sum(pixels.attribute_prompts[name](label) for name, label in pixels.labels(objects).items())
-    distance = F.mse_loss(tokens[[s for s, _ in pairs]], wanted)
+    total = 0.0
+    if side.frozen["attributes"]:
+        with torch.no_grad():
+            objects = [clips[questions[s].clip].objects[n] for s, n in pairs]
+            wanted = sum(pixels.attribute_prompts[name](label) for name, label in pixels.labels(objects).items())
+        total = F.mse_loss(tokens[[s for s, _ in pairs]], wanted)
     pairs = [pairs[i] for i in torch.randperm(len(pairs))[:16]]
     rows = [s for s, _ in pairs]
     boxes = torch.stack([true_boxes(clips, frame)[questions[s].clip][n] for s, n in pairs])
@@ -380,7 +455,6 @@ def seg_loss(
     with_box = (torch.rand(len(pairs)) > 0.35) | ~single
     masks = torch.stack([torch.from_numpy(clips[questions[s].clip].masks[n, frame]) for s, n in pairs])
     frames = pyramid[[questions[s].clip for s in rows]]
-    total = 0.0
     for part, use_box in ((with_box, True), (~with_box, False)):
         if not part.any():
             continue
@@ -392,7 +466,7 @@ def seg_loss(
         logits = F.interpolate(logits[:, None], size=target.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
         dice = mask_dice_loss(logits, target, scale=1.0, eps=1.0)
         total = total + (5 * mask_bce_loss(logits, target) + dice).sum() / len(pairs)
-    return distance + total
+    return total
 
 
 def attention_loss(
@@ -444,32 +518,52 @@ def motion_words_loss(
 
 
 def patch_loss(side: LanguageSide, states: torch.Tensor, clips: list[SyntheticClip]) -> torch.Tensor:
-    """Where the object of each temporal token is and how it moves, from the states `(C, prefix, D)` that attention
-    reads: an answer can only point to a place that these still tell."""
+    """What the object of each temporal token is, where it is and how it moves, from the states `(C, prefix, D)` that
+    attention reads: an answer can only point to what these still tell."""
     config = side.model.config.temporal_config
     count = (len(clips[0].frames) // config.tubelet_size) * (config.image_size // config.patch_size) ** 2
     features = states[:, -count:].flatten(0, 1)
     owners = tubelet_owners(clips, config.patch_size, config.tubelet_size)
-    distance = box_distance(side.patch_heads["box"](features), patch_targets(owners, "box", None))
-    directions = patch_targets(owners, "direction", DIRECTIONS)
-    return 10 * distance + F.cross_entropy(side.patch_heads["direction"](features), directions, ignore_index=-1)
+    total = 10 * box_distance(side.patch_heads["box"](features), patch_targets(owners, "box", None))
+    for name, words in side.words.items():
+        targets = patch_targets(owners, name, words)
+        if (targets != BACKGROUND).any():  # speeds are not always known
+            logits = side.patch_heads[name](features)
+            total = total + PATCH_WEIGHT[name] * F.cross_entropy(logits, targets, ignore_index=BACKGROUND)
+    return total
 
 
 def evaluate_language(
-    side: LanguageSide, world: WorldConfig, seed: int, with_video: bool, clips: int = 64
+    side: LanguageSide, worlds: dict[str, WorldConfig], seed: int, with_video: bool, clips: int = 48
 ) -> dict[str, float]:
-    """Share of questions with one target whose most confident proposal on the first frame lies on it, by kind; share
-    of the targets of kind `multi` and of the questions of kind `none` that a keep score of 0.5 finds or leaves out."""
+    """By world: share of questions with one target whose most confident proposal on the first frame lies on it, of all
+    and by kind; share of the targets of kind `multi` and of the questions of kind `none` that a keep score of 0.5
+    finds or leaves out."""
+    figures = {}
+    for name, world in worlds.items():
+        right, multi, none = _answer_on_first_frames(side, world, seed, with_video, clips)
+        figures[f"val_{name}_right"] = np.mean([hit for hits in right.values() for hit in hits])
+        by_kind = right | {"multi": multi, "none": none}
+        figures |= {f"val_{name}_{kind}": np.mean(hits) for kind, hits in sorted(by_kind.items()) if hits}
+    return {name: float(value) for name, value in figures.items()}
+
+
+def _answer_on_first_frames(
+    side: LanguageSide, world: WorldConfig, seed: int, with_video: bool, clips: int
+) -> tuple[dict[str, list[bool]], list[bool], list[bool]]:
+    """Of each question with one target whether it is found, by kind; of each of several; whether nothing is found."""
     rng = np.random.default_rng(seed)
     right: dict[str, list[bool]] = {}
     multi, none = [], []
     for start in range(0, clips, 16):
         batch = batch_clips(start // 16, 16, seed + 5, world, split="validation")
-        questions = draw_questions(side, batch, 6, rng, world.kinds)
+        questions = draw_questions(side, batch, 6, rng, lambda clip, item: True)
         questions = [q for q in questions if len(visible_targets([q], batch, 0)[0]) == len(q.targets)]
-        states = language_states(side, batch, questions, with_video)
+        watched = [as_seen(clip, side.model.config.num_frames) for clip in batch]
+        states = language_states(side, watched, questions, with_video)
         pyramid, proposals = frozen_pixels(side, batch, 0)
-        output = filter_scores(side, side.box_head(states.box), [q.clip for q in questions], proposals, pyramid)
+        features = region_features(side, proposals, pyramid)
+        output = filter_scores(side, side.box_head(states.box), [q.clip for q in questions], proposals, features)
         boxes = true_boxes(batch, 0)
         for row, question in enumerate(questions):
             confidence, kept = output.confidence[row], output.logits[row] > 0
@@ -482,9 +576,7 @@ def evaluate_language(
                 chosen = overlap[confidence.argmax()]
                 hit = bool(chosen.argmax() == question.targets[0] and chosen.max() > 0.3)
                 right.setdefault(question.expression.kind, []).append(hit)
-    figures = {f"val_{kind}": float(np.mean(hits)) for kind, hits in sorted(right.items())}
-    figures |= {f"val_{name}": float(np.mean(hits)) for name, hits in (("multi", multi), ("none", none)) if hits}
-    return {"val_right": float(np.mean([hit for hits in right.values() for hit in hits])), **figures}
+    return right, multi, none
 
 
 def train_language_stage(
@@ -492,23 +584,29 @@ def train_language_stage(
     processor: SparrowProcessor,
     output: Path,
     stage: str,
-    world_name: str,
+    world_names: list[str],
     steps: int,
     clips: int,
     seed: int = 0,
     from_scratch: bool = True,
+    pixel_heads: Path | None = None,
 ):
-    """Stages "text", "visual" and "motion": language model, token heads, filtration head; with video the adapters."""
+    """Stages "text", "visual" and "motion": language model, token heads, filtration head; with video the adapters.
+
+    Args:
+        world_names: the steps take turns with these presets; the first one has all words.
+        pixel_heads: weights of a stage "image", whose throw-away heads teach [SEG] what the decoder understands.
+    """
     with_video = stage != "text"
     seed += STREAMS[stage]
     torch.manual_seed(seed)
-    world = PRESETS[world_name]
-    pixels = PixelSide(model, world)
-    weights = output / "image.safetensors"
-    _load_pixel_heads(pixels, weights)
+    worlds = {name: PRESETS[name] for name in world_names}
+    pixels = PixelSide(model, worlds[world_names[0]])
+    if pixel_heads is not None:
+        _load_pixel_heads(pixels, pixel_heads)
     model.requires_grad_(False)
     pixels.requires_grad_(False).eval()
-    side = LanguageSide(model, processor, pixels)
+    side = LanguageSide(model, processor, pixels, attributes=pixel_heads is not None)
     side.requires_grad_(True)
     side.adapters.requires_grad_(with_video)
     if with_video:  # attention weights are supervised
@@ -523,19 +621,21 @@ def train_language_stage(
         functools.partial(
             language_step,
             side=side,
-            world=world,
+            worlds=list(worlds.values()),
             clips=clips,
-            per_clip=6,
+            per_clip=8,
             seed=seed,
             with_video=with_video,
             # learned last by a model that knows nothing: ask for it most
             favoured="motion" if from_scratch and stage in ("visual", "motion") else None,
+            # a head that knows its task only has to keep up
+            seg_every=1 if pixel_heads is not None else 4,
         ),
         output=output,
         steps=steps,
         learning_rate=5e-4 if stage == "polish" else 1e-3,
-        evaluate=functools.partial(evaluate_language, side, world, seed, with_video),
-        evaluate_every=100,
+        evaluate=functools.partial(evaluate_language, side, worlds, seed, with_video),
+        evaluate_every=250,
     )
 
 

@@ -235,7 +235,8 @@ def train_image_stage(
 def video_step(
     step: int, side: PixelSide, worlds: list[WorldConfig], clips: int, seed: int
 ) -> dict[str, torch.Tensor]:
-    """Two objects per clip, carried from a prompted frame over the whole clip with soft memory masks."""
+    """Three objects per clip, look-alikes first, carried from a prompted frame over the whole clip with soft memory
+    masks."""
     rng = np.random.default_rng([seed, 1, step])
     torch.manual_seed(seed * 1_000_003 + step)
     world = worlds[step % len(worlds)]
@@ -244,7 +245,9 @@ def video_step(
     frames, targets, present, objects, clip_of = [], [], [], [], []
     for clip in batch_clips(step, clips, seed + 1, world):
         visible = [n for n in range(len(clip.objects)) if clip.visibility[n, start] > 0.5]
-        for n in rng.permutation(visible)[:2]:
+        nouns = [thing.noun for thing in clip.objects]
+        chosen = sorted(rng.permutation(visible).tolist(), key=lambda n: -nouns.count(nouns[n]))
+        for n in chosen[:3]:
             box = torch.from_numpy(clip.boxes[n, start]) / torch.tensor([world.width, world.height] * 2)
             box = box + torch.randn(4) * JITTER
             objects.append(TrackedObject(start, [MaskPrompt(boxes=box[None])]))
@@ -288,15 +291,21 @@ def evaluate_video(side: PixelSide, world: WorldConfig, seed: int, clips: int = 
 
 
 def train_video_stage(
-    model: SparrowForVideoGrounding, output: Path, world_name: str, steps: int, clips: int = 8, seed: int = 0
+    model: SparrowForVideoGrounding,
+    output: Path,
+    world_name: str,
+    steps: int,
+    clips: int = 8,
+    seed: int = 0,
+    learning_rate: float = 8e-4,
 ):
     """Stage "video": mask decoder, prompt encoder and memory; what makes the features is frozen.
 
-    Clips of the world take turns with short and long ones full of crossings and occlusions.
+    Every other step sees long clips full of crossings and occlusions; short ones of both kinds lie between.
     """
     easy = PRESETS[world_name]
     hard = replace(PRESETS["hard"], nouns=easy.nouns, photographs=easy.photographs)
-    worlds = [easy, replace(hard, num_frames=8), hard]
+    worlds = [hard, easy, hard, replace(hard, num_frames=8)]
     side = PixelSide(model, easy)
     side.requires_grad_(False)
     sam2 = side.mask_tracker.sam2
@@ -310,6 +319,6 @@ def train_video_stage(
         functools.partial(video_step, side=side, worlds=worlds, clips=clips, seed=seed),
         output=output,
         steps=steps,
-        learning_rate=8e-4,
+        learning_rate=learning_rate,
         evaluate=functools.partial(evaluate_video, side, hard, seed),
     )

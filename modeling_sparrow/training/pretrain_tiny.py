@@ -1,11 +1,12 @@
 """Train sparrow-tiny on generated videos, stage by stage: first in a world of shapes, then in the whole one.
 
     python -m modeling_sparrow.training.pretrain_tiny --world shapes --output runs/shapes --checkpoint runs/start
-    python -m modeling_sparrow.training.pretrain_tiny --start runs/start --output runs/tiny
+    python -m modeling_sparrow.training.pretrain_tiny --recipe grow --start runs/start --output runs/tiny
+    python -m modeling_sparrow.training.pretrain_tiny --recipe longer --start runs/first --output runs/longer
 
 With `--start` training begins with the weights of a checkpoint; words that it does not know are new. Stages: image
 (segmenter, proposer, region features), video (memory), towers, text, visual, motion, polish. Each can be interrupted
-and goes on where it stopped; `video` and `towers` do not depend on each other and may run side by side.
+and goes on where it stopped; `video` and those after it do not depend on each other and may run side by side.
 """
 
 import argparse
@@ -33,23 +34,28 @@ from .tiny_tokenizer import build_tokenizer
 
 logger = logging.getLogger(__name__)
 
-# stage: (steps, clips per step)
-FROM_SCRATCH = {
-    "image": (1600, 16),
-    "video": (700, 8),
-    "towers": (900, 16),
-    "text": (400, 16),
-    "visual": (700, 16),
-    "motion": (350, 16),
-    "polish": (220, 16),
-}
-FROM_CHECKPOINT = {
-    "image": (1500, 8),
-    "video": (520, 8),
-    "towers": (3500, 16),
-    "text": (300, 8),
-    "visual": (2200, 8),
-    "polish": (500, 8),
+# stage: (steps, clips per step), by recipe: from random weights, and two ways to go on from a checkpoint
+RECIPES = {
+    "scratch": {
+        "image": (1600, 16),
+        "video": (700, 8),
+        "towers": (900, 16),
+        "text": (400, 16),
+        "visual": (700, 16),
+        "motion": (350, 16),
+        "polish": (220, 16),
+    },
+    # into a larger world: every stage again
+    "grow": {
+        "image": (1500, 8),
+        "video": (520, 8),
+        "towers": (3500, 16),
+        "text": (300, 8),
+        "visual": (2200, 8),
+        "polish": (500, 8),
+    },
+    # the same world for longer: the image encoder stays
+    "longer": {"video": (1500, 4), "towers": (3600, 16), "visual": (4200, 8), "polish": (300, 8)},
 }
 # rules of the filtration head, and the values among which the validation split chooses
 RULES = {"score_threshold": (0.4, 0.5, 0.6), "fallback_threshold": (0.2, 0.3, 0.4, 0.5)}
@@ -60,13 +66,8 @@ NEEDED = {
     "text": ["image"],
     "visual": ["image", "towers", "text"],
     "motion": ["image", "towers", "text", "visual"],
-    "polish": ["image", "towers", "text", "visual", "motion"],
+    "polish": ["image", "video", "towers", "text", "visual", "motion"],
 }
-
-
-def recipe(start: Path | None) -> dict[str, tuple[int, int]]:
-    """Steps and clips per step of the stages, in their order."""
-    return FROM_SCRATCH if start is None else FROM_CHECKPOINT
 
 
 def new_model(seed: int, start: Path | None = None) -> tuple[SparrowForVideoGrounding, SparrowProcessor]:
@@ -141,41 +142,67 @@ def is_finished(output: Path, stage: str, steps: int) -> bool:
     return state.exists() and torch.load(state, weights_only=True)["step"] >= steps
 
 
-def train_stage(stage: str, output: Path, world: str, steps: int, clips: int, seed: int, start: Path | None = None):
-    """Run one stage on top of the finished ones it needs."""
+def train_stage(
+    stage: str,
+    output: Path,
+    world: str,
+    steps: int,
+    clips: int,
+    seed: int,
+    recipe: str = "scratch",
+    start: Path | None = None,
+):
+    """Run one stage of a recipe on top of its finished ones."""
     model, processor = new_model(seed, start)
+    plan, from_scratch = RECIPES[recipe], recipe == "scratch"
     for earlier in NEEDED[stage]:
-        if earlier not in recipe(start):
+        if earlier not in plan:
             continue
         if not (output / f"{earlier}.safetensors").exists():
             raise FileNotFoundError(f"Stage {stage!r} needs stage {earlier!r}: run it first.")
         load_stage(model, output, earlier)
     began = time.time()
     if stage == "image":
-        train_image_stage(model, output, world, steps, clips, seed, from_scratch=start is None)
+        train_image_stage(model, output, world, steps, clips, seed, from_scratch)
     elif stage == "video":
-        train_video_stage(model, output, world, steps, clips, seed)
+        train_video_stage(model, output, world, steps, clips, seed, learning_rate=8e-4 if from_scratch else 6e-4)
     elif stage == "towers":
         train_tower_stage(model, output, world, steps, clips, seed)
     else:
-        train_language_stage(model, processor, output, stage, world, steps, clips, seed, from_scratch=start is None)
+        pixel_heads = output / "image.safetensors" if "image" in plan else None
+        worlds = [world, "hard", "easy"] if recipe == "longer" else [world]
+        train_language_stage(
+            model,
+            processor,
+            output,
+            stage,
+            worlds,
+            steps,
+            clips,
+            seed,
+            from_scratch=from_scratch,
+            pixel_heads=pixel_heads,
+        )
     logger.info("%s: %d steps in %.0f s", stage, steps, time.time() - began)
 
 
-def assemble(output: Path, checkpoint: Path, world: str, seed: int, start: Path | None = None):
+def assemble(
+    output: Path, checkpoint: Path, world: str, seed: int, recipe: str = "scratch", start: Path | None = None
+):
     """Write the checkpoint folder from the finished stages: model, processor, and how it was made."""
     model, processor = new_model(seed, start)
-    for stage in recipe(start):
+    for stage in RECIPES[recipe]:
         load_stage(model, output, stage)
     model.generation_config.update(do_sample=False, max_new_tokens=16)  # "it is [BOX] [SEG] ."
     model.save_pretrained(checkpoint)
     processor.save_pretrained(checkpoint)
     record = {
         "command": "python -m modeling_sparrow.training.pretrain_tiny",
+        "recipe": recipe,
         "world": world,
         "seed": seed,
         "hardware": f"{platform.machine()}, {torch.get_num_threads()} thread(s)",
-        "stages": {stage: _summary(output / f"{stage}.jsonl") for stage in recipe(start)},
+        "stages": {stage: _summary(output / f"{stage}.jsonl") for stage in RECIPES[recipe]},
         "start": None if start is None else read_json(start / "training.json"),
     }
     write_json(checkpoint / "training.json", record)
@@ -200,15 +227,20 @@ def choose_rules(checkpoint: Path, clips: int = 130):
 
 
 def _summary(log: Path) -> dict:
-    """Last figures of a stage, its steps and its time over all runs."""
+    """Steps of a stage, its time over all runs, its last figures and all of them by step."""
     records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     seconds, previous = 0.0, 0.0
     for record in records:
         if record["seconds"] < previous:  # the stage was resumed
             seconds += previous
         previous = record["seconds"]
-    figures = {key: value for record in records for key, value in record.items() if key.startswith("val_")}
-    return {"steps": records[-1]["step"], "seconds": round(seconds + previous), **figures}
+    curve = {}  # by step: what a killed run measured twice counts once
+    for record in records:
+        figures = {key: value for key, value in record.items() if key.startswith("val_")}
+        if figures:
+            curve[record["step"]] = {"step": record["step"], **figures}
+    last = {key: value for figures in curve.values() for key, value in figures.items() if key != "step"}
+    return {"steps": records[-1]["step"], "seconds": round(seconds + previous), **last, "curve": list(curve.values())}
 
 
 def main():
@@ -217,19 +249,24 @@ def main():
     parser.add_argument(
         "--checkpoint", type=Path, default=Path(DEFAULT_CHECKPOINT), help="folder of the finished model"
     )
-    parser.add_argument("--stages", nargs="*", choices=[*FROM_SCRATCH, "assemble", "rules"], help="default: all")
+    parser.add_argument("--stages", nargs="*", choices=[*NEEDED, "assemble", "rules"], help="default: all")
     parser.add_argument("--world", choices=("shapes", "train"), default="train", help="preset of the clips")
-    parser.add_argument("--start", type=Path, help="checkpoint to begin with; default: random weights")
+    parser.add_argument("--recipe", choices=RECIPES, default="scratch", help="which stages, and for how long")
+    parser.add_argument("--start", type=Path, help="checkpoint that the recipes grow and longer begin with")
     parser.add_argument("--steps-scale", type=float, default=1.0, help="multiplies the steps of every stage")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(options.threads)
-    plan = recipe(options.start)
+    plan = RECIPES[options.recipe]
+    if (options.recipe == "scratch") != (options.start is None):
+        parser.error("--start goes with --recipe grow and longer, and these need it")
+    if unknown := [stage for stage in options.stages or () if stage in NEEDED and stage not in plan]:
+        parser.error(f"recipe {options.recipe} has no stage {unknown[0]}: its stages are {', '.join(plan)}")
     for stage in options.stages or [*plan, "assemble", "rules"]:
         if stage == "assemble":
-            assemble(options.output, options.checkpoint, options.world, options.seed, options.start)
+            assemble(options.output, options.checkpoint, options.world, options.seed, options.recipe, options.start)
             continue
         if stage == "rules":
             choose_rules(options.checkpoint)
@@ -239,7 +276,9 @@ def main():
         if is_finished(options.output, stage, steps):
             logger.info("%s: finished before", stage)
         else:
-            train_stage(stage, options.output, options.world, steps, clips, options.seed, options.start)
+            train_stage(
+                stage, options.output, options.world, steps, clips, options.seed, options.recipe, options.start
+            )
 
 
 if __name__ == "__main__":

@@ -14,14 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sparrow_processing.frame_sampling import sample_frame_indices
 from sparrow_processing.pixel_streams import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
-from sparrow_processing.synthetic import PRESETS, SyntheticClip, WorldConfig
+from sparrow_processing.synthetic import PRESETS, SPEEDS, SyntheticClip, SyntheticObject, WorldConfig
 
 from ..modeling_sparrow import SparrowForVideoGrounding
 from .loop import run_stage
 from .pretrain_segmenter import batch_clips
 
 DIRECTIONS = ("still", "left", "right", "up", "down")
+SPEED_WORDS = ("still", *SPEEDS)
+ACTIONS = ("still", "straight", "turn", "stop", "start")
+MOTION_WORDS = {"direction": DIRECTIONS, "speed": SPEED_WORDS, "action": ACTIONS}
 BACKGROUND = -1  # patches without an object count for nothing
 
 
@@ -32,13 +36,13 @@ class TowerSide(nn.Module):
         self.spatial_tower, self.temporal_tower = host.spatial_tower, host.temporal_tower
         self.spatial_layer = config.spatial_feature_layer
         self.patch_size = config.spatial_config.patch_size
-        self.tubelet_size = config.temporal_config.tubelet_size
+        self.tubelet_size, self.num_frames = config.temporal_config.tubelet_size, config.num_frames
         self.words = {"noun": world.nouns, "colour": world.colours, "size": world.sizes}
         width = config.spatial_config.hidden_size
         sizes = {name: len(words) for name, words in self.words.items()} | {"box": 4}
         self.spatial_heads = nn.ModuleDict({name: nn.Linear(width, size) for name, size in sizes.items()})
         width = config.temporal_config.hidden_size
-        sizes = {"direction": len(DIRECTIONS), "colour": len(world.colours), "box": 4}
+        sizes |= {name: len(words) for name, words in MOTION_WORDS.items()}
         self.temporal_heads = nn.ModuleDict({name: nn.Linear(width, size) for name, size in sizes.items()})
 
 
@@ -47,8 +51,17 @@ class PatchOwners:
     """What the patches of one frame show: `index` `(P,)` of the object that covers each, BACKGROUND for none."""
 
     index: np.ndarray
-    objects: list
+    clip: SyntheticClip
     boxes: np.ndarray  # (N, 4) normalised cxcywh, NaN where hidden
+
+
+def as_seen(clip: SyntheticClip, num_frames: int) -> SyntheticClip:
+    """The clip with only the frames that the language model sees of it."""
+    if len(clip.frames) <= num_frames:
+        return clip
+    kept = sample_frame_indices(np.arange(len(clip.frames)), num_frames)
+    places = {name: getattr(clip, name)[:, kept] for name in ("masks", "boxes", "full_boxes", "visibility")}
+    return replace(clip, frames=clip.frames[kept], **places)
 
 
 def spatial_input(frames: np.ndarray) -> torch.Tensor:
@@ -73,14 +86,17 @@ def patch_owner(masks: np.ndarray, patch_size: int) -> np.ndarray:
     return np.where(share.max(0) > 0.2, share.argmax(0), BACKGROUND)
 
 
-def tower_step(step: int, side: TowerSide, world: WorldConfig, clips: int, seed: int) -> dict[str, torch.Tensor]:
-    batch = batch_clips(step, clips, seed + 2, world)
+def tower_step(
+    step: int, side: TowerSide, worlds: list[WorldConfig], clips: int, seed: int
+) -> dict[str, torch.Tensor]:
+    world = worlds[step % len(worlds)]
+    batch = [as_seen(clip, side.num_frames) for clip in batch_clips(step, clips, seed + 2, world)]
     rng = np.random.default_rng([seed, 2, step])
     losses = {}
     for name, (output, target) in {**_spatial(side, batch, rng), **_temporal(side, batch)}.items():
         if name.endswith("box"):
             losses[name] = 10 * box_distance(output, target)
-        else:
+        elif (target != BACKGROUND).any():  # speeds are not always known
             losses[name] = F.cross_entropy(output, target, ignore_index=BACKGROUND)
     return {"loss": sum(losses.values()), **losses}
 
@@ -115,7 +131,7 @@ def _temporal(side: TowerSide, batch: list[SyntheticClip]) -> dict:
     )
     features = features.last_hidden_state[:, 1:].flatten(0, 1)
     owners = tubelet_owners(batch, side.patch_size, side.tubelet_size)
-    words = {"direction": DIRECTIONS, "colour": side.words["colour"]}
+    words = side.words | MOTION_WORDS
     return {
         f"temporal_{name}": (head(features), patch_targets(owners, name, words.get(name)))
         for name, head in side.temporal_heads.items()
@@ -136,27 +152,37 @@ def _owners(clip: SyntheticClip, index: np.ndarray, t: int) -> PatchOwners:
     H, W = clip.frames.shape[1:3]
     corners = clip.boxes[:, t] / np.array([W, H, W, H], np.float32)
     boxes = np.concatenate([(corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]], axis=1)
-    return PatchOwners(index.ravel(), clip.objects, boxes)
+    return PatchOwners(index.ravel(), clip, boxes)
 
 
 def patch_targets(owners: list[PatchOwners], name: str, words: tuple[str, ...] | None) -> torch.Tensor:
-    """Word index, or box, of the owner of each patch. An object that turned, or moved only for a while, has no
-    direction.
-    """
+    """Word index, or box, of the owner of each patch."""
     rows = []
     for owner in owners:
         if words is None:
             values = np.concatenate([owner.boxes, np.full((1, 4), np.nan)]).astype(np.float32)
         else:
-            values = [
-                BACKGROUND
-                if name == "direction" and (item.bounces or item.action != "straight")
-                else words.index(getattr(item, name))
-                for item in owner.objects
-            ]
-            values = np.array([*values, BACKGROUND])
+            said = [_word(owner.clip, item, name) for item in owner.clip.objects]
+            values = np.array([BACKGROUND if word is None else words.index(word) for word in said] + [BACKGROUND])
         rows.append(values[owner.index])  # BACKGROUND picks the last entry
     return torch.from_numpy(np.concatenate(rows))
+
+
+def _word(clip: SyntheticClip, item: SyntheticObject, name: str) -> str | None:
+    """What is said of an object. One that turned, or moved only for a while, has no direction; a clip of which only
+    some frames are seen does not tell its speeds."""
+    if name == "direction":
+        return None if item.bounces or item.action != "straight" else item.direction
+    if name == "action":
+        return "still" if item.direction == "still" else "turn" if item.bounces else item.action
+    if name == "speed":
+        if len(clip.frames) < clip.config.num_frames:
+            return None
+        if item.direction == "still":
+            return "still"
+        per_second = item.speed * clip.config.frames_per_second / clip.config.short_side
+        return min(SPEEDS, key=lambda word: abs(sum(SPEEDS[word]) / 2 - per_second))
+    return getattr(item, name)
 
 
 def evaluate_towers(side: TowerSide, world: WorldConfig, seed: int, clips: int = 48) -> dict[str, float]:
@@ -175,14 +201,15 @@ def evaluate_towers(side: TowerSide, world: WorldConfig, seed: int, clips: int =
 def train_tower_stage(
     model: SparrowForVideoGrounding, output: Path, world_name: str, steps: int, clips: int = 16, seed: int = 0
 ):
-    """Stage "towers": dense attributes, motion and boxes."""
+    """Stage "towers": dense attributes, motion and boxes. Every other step sees long clips at every other frame."""
     torch.manual_seed(seed + 2)
     world = replace(PRESETS[world_name], still=0.2)
+    long = replace(PRESETS["hard"], nouns=world.nouns, photographs=world.photographs, still=0.2)
     side = TowerSide(model, world)
     run_stage(
         "towers",
         side,
-        functools.partial(tower_step, side=side, world=world, clips=clips, seed=seed),
+        functools.partial(tower_step, side=side, worlds=[world, long], clips=clips, seed=seed),
         output=output,
         steps=steps,
         learning_rate=1e-3,

@@ -1,7 +1,7 @@
 """The generated referring-video world: trains and tests the tiny model without any download."""
 
 from .answers import DIALOGUE_KINDS, VOCABULARY, Dialogue, all_dialogues, refer_dialogue
-from .config import HELD_OUT_PAIRS, KINDS, PRESETS, RESOLUTIONS, SINGLE_TARGET_KINDS, WorldConfig
+from .config import HELD_OUT_PAIRS, KINDS, PRESETS, RESOLUTIONS, SINGLE_TARGET_KINDS, SPEEDS, WorldConfig
 from .contact_sheet import render_contact_sheet
 from .dataset import SPLITS, SyntheticVideos, split_seed
 from .expressions import Expression, all_expressions, sample_expressions
@@ -18,6 +18,7 @@ __all__ = [
     "PRESETS",
     "RESOLUTIONS",
     "SINGLE_TARGET_KINDS",
+    "SPEEDS",
     "SPLITS",
     "VOCABULARY",
     "Dialogue",

@@ -12,10 +12,16 @@ from modeling_sparrow.cli import load_model
 from modeling_sparrow.filtration_head import FiltrationOutput
 from modeling_sparrow.region_proposer import RegionProposals
 from modeling_sparrow.registration import DEFAULT_CHECKPOINT
-from modeling_sparrow.training import pretrain_language, pretrain_segmenter, pretrain_tiny, pretrain_towers
+from modeling_sparrow.training import (
+    learning_curve,
+    pretrain_language,
+    pretrain_segmenter,
+    pretrain_tiny,
+    pretrain_towers,
+)
 from modeling_sparrow.training.loop import run_stage
 from sparrow_processing import SparrowProcessor, open_video
-from sparrow_processing.synthetic import PRESETS, generate_clip, split_seed
+from sparrow_processing.synthetic import PRESETS, Expression, generate_clip, split_seed
 
 
 @pytest.fixture
@@ -40,14 +46,15 @@ def small_start(tmp_path_factory):
     return folder
 
 
-def test_every_stage_in_turn_and_a_checkpoint_that_grounds(small_start, short_evaluation, tmp_path):
-    plan = pretrain_tiny.recipe(small_start)
+@pytest.mark.parametrize("recipe", ["grow", "longer"])
+def test_every_stage_in_turn_and_a_checkpoint_that_grounds(recipe, small_start, short_evaluation, tmp_path):
+    plan = pretrain_tiny.RECIPES[recipe]
     for stage in plan:
-        pretrain_tiny.train_stage(stage, tmp_path, "train", steps=1, clips=2, seed=0, start=small_start)
+        pretrain_tiny.train_stage(stage, tmp_path, "train", 1, clips=2, seed=0, recipe=recipe, start=small_start)
         assert pretrain_tiny.is_finished(tmp_path, stage, 1)
         record = json.loads((tmp_path / f"{stage}.jsonl").read_text().splitlines()[-1])
         assert record["step"] == 1 and any(name.startswith("val_") for name in record)
-    pretrain_tiny.assemble(tmp_path, tmp_path / "final", "train", seed=0, start=small_start)
+    pretrain_tiny.assemble(tmp_path, tmp_path / "final", "train", seed=0, recipe=recipe, start=small_start)
     history = json.loads((tmp_path / "final" / "training.json").read_text())
     assert history["start"] == {"world": "shapes"} and set(history["stages"]) == set(plan)
     model, processor = load_model(str(tmp_path / "final"), "cpu")
@@ -72,7 +79,7 @@ def test_the_validation_split_chooses_the_rules(small_start, tmp_path, monkeypat
 
 def test_a_stage_says_what_it_needs(tmp_path, small_start):
     with pytest.raises(FileNotFoundError, match="needs stage 'image'"):
-        pretrain_tiny.train_stage("video", tmp_path, "train", steps=1, clips=1, seed=0, start=small_start)
+        pretrain_tiny.train_stage("video", tmp_path, "train", 1, clips=1, seed=0, recipe="grow", start=small_start)
 
 
 def test_words_keep_their_rows(small_start):
@@ -109,6 +116,34 @@ def test_an_interrupted_stage_ends_with_the_same_weights(interrupted_at, tmp_pat
         run(tmp_path / "parts", stop=interrupted_at)
     resumed = run(tmp_path / "parts")
     assert resumed.weight.equal(whole.weight) and resumed.bias.equal(whole.bias)
+
+
+def test_learning_curve(tmp_path):
+    steps = [100, 200, 400, 800]
+    curve = [{"step": step, "val_right": 1 - step**-0.5} for step in steps]
+    stage = {"steps": 800, "seconds": 3600, "curve": curve}
+    rows = [line.split(" | ") for line in learning_curve.curve_table(stage, {"val_right": 0.98}, 2).splitlines()]
+    assert rows[0][1:3] == ["100", "800"]
+    assert rows[2] == ["| right", "90 %", "96 %", "98 %", "steps^-0.50", "2,500", "3.1 |"]
+    worse = [{"step": step, "val_right": 0.5 - step / 1e4} for step in steps]
+    assert "never" in learning_curve.curve_table(stage | {"curve": worse}, {"val_right": 0.98})
+    with pytest.raises(ValueError, match="did not measure 'val_wrong'; it has val_right"):
+        learning_curve.curve_table(stage, {"val_wrong": 1.0})
+    with pytest.raises(ValueError, match="three points"):
+        learning_curve.fit_power_law([1, 2, 3], [0.5, 0.2, 0.0])
+
+
+def test_a_summary_counts_a_resumed_stage_once(tmp_path):
+    lines = [
+        {"step": 100, "seconds": 10.0, "val_right": 0.5},
+        {"step": 150, "seconds": 15.0, "loss": 1.0},
+        {"step": 100, "seconds": 9.0, "val_right": 0.6},
+        {"step": 200, "seconds": 18.0, "val_right": 0.7, "val_none": 0.1},
+    ]
+    (tmp_path / "log").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    curve = [{"step": 100, "val_right": 0.6}, {"step": 200, "val_right": 0.7, "val_none": 0.1}]
+    summary = {"steps": 200, "seconds": 33, "val_right": 0.7, "val_none": 0.1, "curve": curve}
+    assert pretrain_tiny._summary(tmp_path / "log") == summary
 
 
 # ---------------------------------------------------------------------- the filtration loss of several and no targets
@@ -159,5 +194,52 @@ def test_questions_with_one_several_and_no_targets_are_asked(side):
     import numpy as np
 
     clips = pretrain_segmenter.batch_clips(0, 6, 0, PRESETS["train"])
-    questions = pretrain_language.draw_questions(side, clips, 12, np.random.default_rng(0), PRESETS["train"].kinds)
+    questions = pretrain_language.draw_questions(
+        side, clips, 12, np.random.default_rng(0), lambda clip, item: item.kind != "event"
+    )
     assert {len(question.targets) for question in questions} >= {0, 1, 2}
+    assert "event" not in {question.expression.kind for question in questions}
+
+
+def test_a_question_waits_for_a_frame_that_answers_it():
+    clip = generate_clip(0, PRESETS["easy"])
+    clip.visibility[:] = 1.0
+    clip.visibility[0] = [0.0, 0.2, *[1.0] * 6]  # enters late
+
+    def is_askable(kind, target_ids, frame, with_video=True):
+        return pretrain_language.is_askable(clip, Expression("", target_ids, kind, 3), frame, with_video)
+
+    assert is_askable("class", (0,), 0) and not is_askable("class", (0,), 1) and is_askable("class", (0,), 2)
+    assert is_askable("motion", (0,), 2) and is_askable("motion", (1,), 0) and not is_askable("motion", (1,), 2)
+    assert not is_askable("motion", (1,), 0, with_video=False) and is_askable("none", (), 2)
+
+
+def test_the_language_model_sees_some_frames_of_a_long_clip():
+    clip = generate_clip(3, PRESETS["hard"])
+    seen = pretrain_towers.as_seen(clip, 8)
+    kept = [0, 2, 4, 6, 8, 10, 12, 15]
+    assert seen.config == clip.config and seen.objects == clip.objects
+    assert (seen.frames == clip.frames[kept]).all() and (seen.masks == clip.masks[:, kept]).all()
+    assert pretrain_towers.as_seen(clip, 16) is clip
+    owners = pretrain_towers.tubelet_owners([clip, seen], 16, 4)
+    speeds = [
+        pretrain_towers.patch_targets(part, "speed", pretrain_towers.SPEED_WORDS) for part in (owners[:4], owners[4:])
+    ]
+    assert (speeds[0] >= 0).any() and (speeds[1] < 0).all()  # half of the frames do not tell the speed
+
+
+def test_a_look_is_absent_from_clips_that_show_nothing_alike(side, monkeypatch):
+    clips = pretrain_segmenter.batch_clips(0, 2, 0, PRESETS["easy"])
+    for number, thing in enumerate([*clips[0].objects, *clips[1].objects]):
+        thing.noun = "cat" if number else "ring"
+    features = torch.zeros(2, 3, 1), torch.zeros(2, 3, 1, 1)
+    proposals = RegionProposals(boxes=None, scores=None, features=None, valid=torch.ones(2, 3, dtype=torch.bool))
+
+    def loss(noun_of, level):
+        logits = torch.full((1, 2, 3), level)
+        monkeypatch.setattr(side.filtration_head, "score", lambda tokens, *features: (logits, None))
+        question = pretrain_language.Question(0, Expression("", (noun_of,), "class", 3), (noun_of,), [])
+        return float(pretrain_language.absence_loss(side, torch.ones(1, 4), [question], clips, proposals, features))
+
+    assert loss(0, 9.0) > 9 and loss(0, -9.0) < 1e-3  # no ring in the other clip
+    assert loss(1, 9.0) == 0  # but cats
