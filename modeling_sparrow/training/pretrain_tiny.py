@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sparrow_processing import SparrowProcessor
 
+from ..configuration_sparrow import FiltrationHeadConfig, SparrowConfig
 from ..evaluation.files import read_json, write_json
 from ..evaluation.synthetic import evaluate_synthetic
 from ..modeling_sparrow import SparrowForVideoGrounding
@@ -55,10 +56,14 @@ RECIPES = {
         "polish": (500, 8),
     },
     # the same world for longer: the image encoder stays
-    "longer": {"video": (1500, 4), "towers": (3600, 16), "visual": (4200, 8), "polish": (300, 8)},
+    "longer": {"video": (1380, 4), "towers": (3600, 16), "visual": (3600, 8), "polish": (300, 8)},
 }
-# rules of the filtration head, and the values among which the validation split chooses
-RULES = {"score_threshold": (0.4, 0.5, 0.6), "fallback_threshold": (0.2, 0.3, 0.4, 0.5)}
+# rules of the choice among proposals, and the values among which the validation split chooses
+RULES = {
+    "score_threshold": (0.4, 0.5, 0.6),
+    "fallback_threshold": (0.2, 0.3, 0.4, 0.5),
+    "num_prompt_frames": (1, 2, 4),
+}
 NEEDED = {
     "image": [],
     "video": ["image"],
@@ -212,18 +217,31 @@ def choose_rules(checkpoint: Path, clips: int = 130):
     """Set the rules of a checkpoint to what gives the best J&F on the validation split, one after another."""
     model = SparrowForVideoGrounding.from_pretrained(checkpoint).eval()
     processor = SparrowProcessor.from_pretrained(checkpoint)
-    rules, figures = model.config.filtration_config, {}
+    known: dict[tuple, float] = {}
+
+    def score() -> float:
+        setting = tuple(getattr(_owner(model.config, name), name) for name in RULES)
+        if setting not in known:
+            known[setting] = evaluate_synthetic(model, processor, "validation", clips, seed=1)["j_and_f"]
+        return round(known[setting], 4)
+
+    figures: dict[str, dict] = {}
     for name, values in RULES.items():
         figures[name] = {}
         for value in values:
-            setattr(rules, name, value)
-            scores = evaluate_synthetic(model, processor, "validation", clips, seed=1)
-            figures[name][value] = round(scores["j_and_f"], 4)
-        setattr(rules, name, max(figures[name], key=figures[name].get))
-        logger.info("%s: %s of %s", name, getattr(rules, name), figures[name])
+            setattr(_owner(model.config, name), name, value)
+            figures[name][value] = score()
+        best = max(figures[name], key=figures[name].get)
+        setattr(_owner(model.config, name), name, best)
+        logger.info("%s: %s of %s", name, best, figures[name])
     model.config.save_pretrained(checkpoint)
     history = checkpoint / "training.json"
     write_json(history, read_json(history) | {"validation_j_and_f": figures})
+
+
+def _owner(config: SparrowConfig, rule: str) -> SparrowConfig | FiltrationHeadConfig:
+    """The configuration that has a rule."""
+    return config if rule == "num_prompt_frames" else config.filtration_config
 
 
 def _summary(log: Path) -> dict:

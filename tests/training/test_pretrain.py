@@ -64,17 +64,24 @@ def test_every_stage_in_turn_and_a_checkpoint_that_grounds(recipe, small_start, 
 
 
 def test_the_validation_split_chooses_the_rules(small_start, tmp_path, monkeypatch):
+    asked = []
+
     def pretend(model, processor, split, clips, seed):
         rules = model.config.filtration_config
         assert split == "validation"
-        return {"j_and_f": 1 - abs(rules.score_threshold - 0.4) - abs(rules.fallback_threshold - 0.2)}
+        asked.append((rules.score_threshold, rules.fallback_threshold, model.config.num_prompt_frames))
+        off = abs(rules.score_threshold - 0.4) + abs(rules.fallback_threshold - 0.2)
+        return {"j_and_f": 1 - off - 0.01 * abs(model.config.num_prompt_frames - 2)}
 
     monkeypatch.setattr(pretrain_tiny, "evaluate_synthetic", pretend)
     folder = shutil.copytree(small_start, tmp_path / "model")
     pretrain_tiny.choose_rules(folder)
-    rules = load_model(str(folder), "cpu")[0].config.filtration_config
-    assert (rules.score_threshold, rules.fallback_threshold) == (0.4, 0.2)
-    assert json.loads((folder / "training.json").read_text())["validation_j_and_f"]["score_threshold"]["0.4"] == 0.8
+    config = load_model(str(folder), "cpu")[0].config
+    rules = config.filtration_config
+    assert (rules.score_threshold, rules.fallback_threshold, config.num_prompt_frames) == (0.4, 0.2, 2)
+    figures = json.loads((folder / "training.json").read_text())["validation_j_and_f"]
+    assert figures["num_prompt_frames"] == {"1": 0.99, "2": 1.0, "4": 0.98}
+    assert len(asked) == len(set(asked))  # nothing is measured twice
 
 
 def test_a_stage_says_what_it_needs(tmp_path, small_start):
