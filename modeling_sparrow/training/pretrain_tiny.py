@@ -56,11 +56,11 @@ RECIPES = {
         "polish": (500, 8),
     },
     # the same world for longer: the image encoder stays
-    "longer": {"video": (1380, 4), "towers": (3600, 16), "visual": (3600, 8), "polish": (300, 8)},
+    "longer": {"video": (1380, 4), "towers": (3600, 16), "visual": (3600, 8)},
 }
 # rules of the choice among proposals, and the values among which the validation split chooses
 RULES = {
-    "score_threshold": (0.4, 0.5, 0.6),
+    "score_threshold": (0.5, 0.6, 0.7),
     "fallback_threshold": (0.2, 0.3, 0.4, 0.5),
     "num_prompt_frames": (1, 2, 4),
 }

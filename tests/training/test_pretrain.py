@@ -70,7 +70,7 @@ def test_the_validation_split_chooses_the_rules(small_start, tmp_path, monkeypat
         rules = model.config.filtration_config
         assert split == "validation"
         asked.append((rules.score_threshold, rules.fallback_threshold, model.config.num_prompt_frames))
-        off = abs(rules.score_threshold - 0.4) + abs(rules.fallback_threshold - 0.2)
+        off = abs(rules.score_threshold - 0.6) + abs(rules.fallback_threshold - 0.2)
         return {"j_and_f": 1 - off - 0.01 * abs(model.config.num_prompt_frames - 2)}
 
     monkeypatch.setattr(pretrain_tiny, "evaluate_synthetic", pretend)
@@ -78,7 +78,7 @@ def test_the_validation_split_chooses_the_rules(small_start, tmp_path, monkeypat
     pretrain_tiny.choose_rules(folder)
     config = load_model(str(folder), "cpu")[0].config
     rules = config.filtration_config
-    assert (rules.score_threshold, rules.fallback_threshold, config.num_prompt_frames) == (0.4, 0.2, 2)
+    assert (rules.score_threshold, rules.fallback_threshold, config.num_prompt_frames) == (0.6, 0.2, 2)
     figures = json.loads((folder / "training.json").read_text())["validation_j_and_f"]
     assert figures["num_prompt_frames"] == {"1": 0.99, "2": 1.0, "4": 0.98}
     assert len(asked) == len(set(asked))  # nothing is measured twice
