@@ -94,7 +94,7 @@ def test_filter(proposer, data, tmp_path):
         proposer,
         tmp_path / "run",
         data=[{"kind": "records", "path": str(data / "records.jsonl")}],
-        optimization=steps(60, 3e-3),
+        optimization=steps(250, 3e-3),
     )
     final = train_stage(settings)
     assert_learned(final, {"filter_class_loss": 0.1, "filter_box_loss": 0.05})
