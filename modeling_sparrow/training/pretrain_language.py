@@ -105,7 +105,8 @@ class LanguageSide(nn.Module):
         self.words = pixel_side.words | MOTION_WORDS
         self.patch_heads = nn.ModuleDict({name: nn.Linear(size, len(words)) for name, words in self.words.items()})
         self.patch_heads["box"] = nn.Linear(size, 4)
-        self.frozen = {"model": model, "processor": processor, "pixels": pixel_side, "attributes": attributes}
+        self.knows_attributes = attributes
+        self.frozen = {"model": model, "processor": processor, "pixels": pixel_side}
 
     @property
     def model(self) -> SparrowForVideoGrounding:
@@ -216,13 +217,14 @@ def language_states(
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     visible = (same & causal) | torch.eye(length, dtype=torch.bool)
     mask = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)[:, None]
+    supervised = with_video and side.training  # the attention is
     with torch.autocast("cpu", torch.bfloat16, enabled=side.training):
         output = side.language_model(
             inputs_embeds=_embed(side, ids, clips, with_video),
             attention_mask=mask,
             position_ids=positions,
             output_hidden_states=True,
-            output_attentions=with_video and side.training,
+            output_attentions=supervised,
         )
     hidden, middle = output.hidden_states[-1].float(), output.hidden_states[-3].float()
     rows, columns = (list(places) for places in zip(*box_at, strict=True))
@@ -233,9 +235,7 @@ def language_states(
         text_loss=F.cross_entropy(scores, labels[:, 1:].flatten(), ignore_index=-100),
         query=middle[rows, columns],
         clips=middle[:, : len(prefix)],
-        attention=output.attentions[-2][rows, :, columns, : len(prefix)].float()
-        if with_video and side.training
-        else None,
+        attention=output.attentions[-2][rows, :, columns, : len(prefix)].float() if supervised else None,
     )
 
 
@@ -443,7 +443,7 @@ def seg_loss(
     if not pairs:
         return tokens.sum() * 0.0
     total = 0.0
-    if side.frozen["attributes"]:
+    if side.knows_attributes:
         with torch.no_grad():
             objects = [clips[questions[s].clip].objects[n] for s, n in pairs]
             wanted = sum(pixels.attribute_prompts[name](label) for name, label in pixels.labels(objects).items())

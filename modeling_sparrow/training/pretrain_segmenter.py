@@ -64,6 +64,11 @@ def at_resolution(world: WorldConfig, step: int) -> WorldConfig:
     return replace(world, height=height, width=width)
 
 
+def long_world(world: WorldConfig) -> WorldConfig:
+    """Long clips full of crossings and occlusions, of the things and backgrounds of a world."""
+    return replace(PRESETS["hard"], nouns=world.nouns, photographs=world.photographs)
+
+
 def batch_clips(step: int, count: int, seed: int, config: WorldConfig, split: str = "train") -> list[SyntheticClip]:
     return [generate_clip(split_seed(split, step * count + i, seed), config) for i in range(count)]
 
@@ -235,8 +240,8 @@ def train_image_stage(
 def video_step(
     step: int, side: PixelSide, worlds: list[WorldConfig], clips: int, seed: int
 ) -> dict[str, torch.Tensor]:
-    """Three objects per clip, look-alikes first, carried from a prompted frame over the whole clip with soft memory
-    masks."""
+    """Up to three objects per clip, look-alikes first, carried from a prompted frame over the whole clip with soft
+    memory masks."""
     rng = np.random.default_rng([seed, 1, step])
     torch.manual_seed(seed * 1_000_003 + step)
     world = worlds[step % len(worlds)]
@@ -304,7 +309,7 @@ def train_video_stage(
     Every other step sees long clips full of crossings and occlusions; short ones of both kinds lie between.
     """
     easy = PRESETS[world_name]
-    hard = replace(PRESETS["hard"], nouns=easy.nouns, photographs=easy.photographs)
+    hard = long_world(easy)
     worlds = [hard, easy, hard, replace(hard, num_frames=8)]
     side = PixelSide(model, easy)
     side.requires_grad_(False)

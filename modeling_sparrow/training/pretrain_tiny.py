@@ -1,12 +1,13 @@
 """Train sparrow-tiny on generated videos, stage by stage: first in a world of shapes, then in the whole one.
 
     python -m modeling_sparrow.training.pretrain_tiny --world shapes --output runs/shapes --checkpoint runs/start
-    python -m modeling_sparrow.training.pretrain_tiny --recipe grow --start runs/start --output runs/tiny
-    python -m modeling_sparrow.training.pretrain_tiny --recipe longer --start runs/first --output runs/longer
+    python -m modeling_sparrow.training.pretrain_tiny --recipe grow --start runs/start --output runs/grown
+    python -m modeling_sparrow.training.pretrain_tiny --recipe longer --start runs/first --seed 1 --output runs/longer
 
-With `--start` training begins with the weights of a checkpoint; words that it does not know are new. Stages: image
-(segmenter, proposer, region features), video (memory), towers, text, visual, motion, polish. Each can be interrupted
-and goes on where it stopped; `video` and those after it do not depend on each other and may run side by side.
+With `--start` training begins with the weights of a checkpoint; words that it does not know are new. With the seed of
+an earlier run in the same world it would see that run's clips again. Stages: image (segmenter, proposer, region
+features), video (memory), towers, text, visual, motion, polish. Each can be interrupted and goes on where it stopped;
+none needs `video`, which may run beside those after it.
 """
 
 import argparse
@@ -71,7 +72,7 @@ NEEDED = {
     "text": ["image"],
     "visual": ["image", "towers", "text"],
     "motion": ["image", "towers", "text", "visual"],
-    "polish": ["image", "video", "towers", "text", "visual", "motion"],
+    "polish": ["image", "towers", "text", "visual", "motion"],
 }
 
 

@@ -20,7 +20,7 @@ from sparrow_processing.synthetic import PRESETS, SPEEDS, SyntheticClip, Synthet
 
 from ..modeling_sparrow import SparrowForVideoGrounding
 from .loop import run_stage
-from .pretrain_segmenter import batch_clips
+from .pretrain_segmenter import batch_clips, long_world
 
 DIRECTIONS = ("still", "left", "right", "up", "down")
 SPEED_WORDS = ("still", *SPEEDS)
@@ -204,12 +204,17 @@ def train_tower_stage(
     """Stage "towers": dense attributes, motion and boxes. Every other step sees long clips at every other frame."""
     torch.manual_seed(seed + 2)
     world = replace(PRESETS[world_name], still=0.2)
-    long = replace(PRESETS["hard"], nouns=world.nouns, photographs=world.photographs, still=0.2)
     side = TowerSide(model, world)
     run_stage(
         "towers",
         side,
-        functools.partial(tower_step, side=side, worlds=[world, long], clips=clips, seed=seed),
+        functools.partial(
+            tower_step,
+            side=side,
+            worlds=[world, replace(long_world(world), still=world.still)],
+            clips=clips,
+            seed=seed,
+        ),
         output=output,
         steps=steps,
         learning_rate=1e-3,
