@@ -29,6 +29,9 @@ class FramePyramid:
     def __getitem__(self, frames: slice | list[int]) -> "FramePyramid":
         return FramePyramid(tuple(level[frames] for level in self.levels), self.position)
 
+    def float(self) -> "FramePyramid":
+        return FramePyramid(tuple(level.float() for level in self.levels), self.position.float())
+
     @staticmethod
     def cat(pyramids: list["FramePyramid"]) -> "FramePyramid":
         levels = tuple(torch.cat(level) for level in zip(*(pyramid.levels for pyramid in pyramids), strict=True))

@@ -1,8 +1,9 @@
 """From scratch, language side of sparrow-tiny: questions to [BOX] and [SEG] embeddings that find the right region.
 
 Stage "text": no visual tokens, the question alone has to pick the region by its SAM2 features. Stages "visual" and
-"motion": with them, and with attention led to the tokens of the target, which is what makes questions about motion
-learnable. The second is a second pass over new clips; "polish" is a third, slower, with all kinds of questions alike.
+"motion": with them, and with attention led to the tokens of the target and of what the question refers to, which is
+what makes questions about motion and relations learnable. What is not there is denied in words. The second is a second
+pass over new clips; "polish" is a third, slower, with all kinds of questions alike.
 
 Several questions about a clip are packed into one sequence: each sees the clip and itself, and counts its positions
 from the end of the clip, so the result equals one row per question.
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from sparrow_processing import SparrowProcessor
 from sparrow_processing.synthetic import (
@@ -37,34 +39,47 @@ from ..mask_tracker import MaskPrompt
 from ..modeling_sparrow import SparrowForVideoGrounding
 from ..region_proposer import RegionProposals
 from .loop import run_stage
-from .pretrain_segmenter import JITTER, PixelSide, batch_clips, encode_frames
+from .object_facts import EVENT_NAMES, MOST_RANKS, RANK_NAMES, ObjectFacts, object_facts
+from .pretrain_segmenter import JITTER, PixelSide, batch_clips, encode_frozen
 from .pretrain_towers import (
-    BACKGROUND,
     DIRECTIONS,
     MOTION_WORDS,
+    PatchOwners,
     as_seen,
-    box_distance,
+    frame_owners,
+    head_loss,
     patch_owner,
     patch_targets,
     spatial_input,
     temporal_input,
     tubelet_owners,
 )
-from .tiny_tokenizer import ANSWER
+from .tiny_tokenizer import ANSWER, NO_TARGET_ANSWER
 
 # Added to the seed of a run, so that no stage sees the clips of another.
 STREAMS = {"text": 3, "visual": 4, "motion": 6, "polish": 8}
-# questions whose answer depends on the first frame or on the whole clip, not on how the object looks in a frame
-FIRST_FRAME_KINDS = ("position", "ordinal", "relation", "motion", "speed", "event", "meeting")
-
 # kinds that (also) ask what no single frame answers
 MOVING_KINDS = ("motion", "speed", "event", "meeting", "multi", "none")
+
+# kinds that a model learns last, when it has learnt what moves
+LATE_KINDS = ("relation", "ordinal", "event", "meeting", "none")
 
 # kinds that ask how one thing looks, and by what
 LOOKS = {"class": ("noun",), "colour": ("colour",), "colour_class": ("noun", "colour")}
 
-# of the losses that keep what the temporal tokens tell
-PATCH_WEIGHT = {"direction": 1.0, "noun": 0.3, "colour": 0.3, "size": 0.3, "speed": 0.3, "action": 0.5}
+# of the losses that keep what the visual tokens tell
+PATCH_WEIGHT = {
+    "box": 1.0,
+    "direction": 1.0,
+    "noun": 0.3,
+    "colour": 0.3,
+    "size": 0.3,
+    "speed": 0.3,
+    "action": 0.5,
+    "events": 1.0,
+    "partner": 0.3,
+    "ranks": 0.3,
+}
 
 WELL_SEEN = 0.3  # visible share of an object that a frame can be asked about
 
@@ -103,8 +118,12 @@ class LanguageSide(nn.Module):
         size = model.config.text_config.hidden_size
         self.motion_classifier = nn.Linear(size, len(DIRECTIONS))
         self.words = pixel_side.words | MOTION_WORDS
-        self.patch_heads = nn.ModuleDict({name: nn.Linear(size, len(words)) for name, words in self.words.items()})
-        self.patch_heads["box"] = nn.Linear(size, 4)
+        looks = {name: len(words) for name, words in pixel_side.words.items()} | {"box": 4}
+        doings = {name: len(words) for name, words in MOTION_WORDS.items()}
+        doings |= {"events": len(EVENT_NAMES), "partner": len(pixel_side.words["colour"])}
+        doings |= {"ranks": len(RANK_NAMES) * MOST_RANKS}
+        self.spatial_heads = nn.ModuleDict({name: nn.Linear(size, count) for name, count in looks.items()})
+        self.temporal_heads = nn.ModuleDict({name: nn.Linear(size, n) for name, n in (looks | doings).items()})
         self.knows_attributes = attributes
         self.frozen = {"model": model, "processor": processor, "pixels": pixel_side}
 
@@ -125,14 +144,11 @@ def shared_ids(side: LanguageSide, num_frames: int) -> list[int]:
 
 def is_askable(clip: SyntheticClip, item: Expression, frame: int, with_video: bool) -> bool:
     """Whether a question can be answered by the regions of one frame: each target is either well seen there or not
-    there at all. What depends on the first frame or on the whole clip is looked for there, or on a later frame if the
-    first one shows none of the targets."""
+    there at all."""
     if not with_video and item.kind in MOVING_KINDS:
         return False
     seen = clip.visibility[list(item.target_ids)]
-    if not ((seen[:, frame] > WELL_SEEN) | (seen[:, frame] == 0)).all():
-        return False
-    return frame == 0 or item.kind not in FIRST_FRAME_KINDS or not seen[:, 0].any()
+    return bool(((seen[:, frame] > WELL_SEEN) | (seen[:, frame] == 0)).all())
 
 
 def draw_questions(
@@ -141,21 +157,25 @@ def draw_questions(
     count: int,
     rng: np.random.Generator,
     is_allowed: Callable[[SyntheticClip, Expression], bool],
-    favoured: str | None = None,
+    favoured: tuple[str, ...] = (),
 ) -> list[Question]:
-    """Up to `count` allowed questions per clip, kinds balanced, or half of them of the favoured kind."""
-    tokenizer = side.processor.tokenizer
-    answer = tokenizer.encode(ANSWER + " <|end|>", add_special_tokens=False)
+    """Up to `count` allowed questions per clip, kinds balanced, or half of them of the favoured kinds."""
+    answer = answer_ids(side.processor, ANSWER)
     prefix = len(shared_ids(side, 0))
     questions = []
     for number, clip in enumerate(clips):
         possible = [item for item in all_expressions(clip, rng) if is_allowed(clip, item)]
-        drawn = sample_expressions([item for item in possible if item.kind == favoured], count // 2, rng)
-        drawn += sample_expressions([item for item in possible if item.kind != favoured], count - len(drawn), rng)
+        drawn = sample_expressions([item for item in possible if item.kind in favoured], count // 2, rng)
+        drawn += sample_expressions([item for item in possible if item.kind not in favoured], count - len(drawn), rng)
         for item in drawn:
             ids = _prompt_ids(side.processor, item.text)[prefix:] + answer
             questions.append(Question(number, item, item.target_ids, ids))
     return questions
+
+
+@functools.lru_cache(maxsize=8)
+def answer_ids(processor: SparrowProcessor, answer: str) -> list[int]:
+    return processor.tokenizer.encode(answer + " <|end|>", add_special_tokens=False)
 
 
 @functools.lru_cache(maxsize=100_000)
@@ -170,73 +190,148 @@ class LanguageStates:
     Args:
         box, seg: `(S, D)` states that predict [BOX] and [SEG].
         text_loss: of the next token.
+        decision_loss: of the first word of the answer, which says whether there is an object.
+        says_none: `(S,)` bool, whether the first word that the model would say is that there is none.
         query: `(S, D)` states of the [BOX] positions as they enter the last layer but one.
         clips: `(C, prefix, D)` states of the shared prefix of each clip as they enter that layer.
         attention: `(S, heads, prefix)` of the [BOX] states in that layer onto the prefix; in training with video.
+        anchor_attention: the same in the layer before.
     """
 
     box: torch.Tensor
     seg: torch.Tensor
     text_loss: torch.Tensor
+    decision_loss: torch.Tensor
+    says_none: torch.Tensor
     query: torch.Tensor
     clips: torch.Tensor
     attention: torch.Tensor | None = None
+    anchor_attention: torch.Tensor | None = None
+
+
+@dataclass
+class PackedQuestions:
+    """Questions about `C` clips in rows of `L` tokens.
+
+    Args:
+        ids, positions: `(C, L)`.
+        labels: `(C, L)` of the answers, -100 elsewhere; what has no target is denied in the first word, and a second
+            time, on its own, in all words.
+        mask: `(C, 1, L, L)` float, what each token sees.
+        prefix: tokens that all questions about a clip share.
+        order: the questions, clip by clip.
+        first, box, seg: clip and column of the token that predicts the first word, [BOX], [SEG] of each question.
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    labels: torch.Tensor
+    mask: torch.Tensor
+    prefix: int
+    order: list[Question]
+    first: list[tuple[int, int]]
+    box: list[tuple[int, int]]
+    seg: list[tuple[int, int]]
+
+
+def pack_questions(side: LanguageSide, prefix: list[int], clips: int, questions: list[Question]) -> PackedQuestions:
+    """Pack the questions about each clip behind the `prefix` into one row."""
+    processor, config = side.processor, side.model.config
+    answer, denial = (answer_ids(processor, text) for text in (ANSWER, NO_TARGET_ANSWER))
+    rows: list[list[tuple[list[int], list[int], Question | None]]] = [[] for _ in range(clips)]
+    for question in questions:
+        words = question.ids[: -len(answer)]
+        ignored = [-100] * len(words)
+        if question.targets:
+            rows[question.clip].append((question.ids, ignored + answer, question))
+        else:
+            rows[question.clip].append((question.ids, ignored + denial[:1] + [-100] * (len(answer) - 1), question))
+            rows[question.clip].append((words + denial, ignored + denial, None))
+    length = len(prefix) + max(sum(len(ids) for ids, _, _ in row) for row in rows)
+    ids = torch.full((clips, length), processor.tokenizer.pad_token_id)
+    labels = torch.full((clips, length), -100)
+    positions = torch.zeros(clips, length, dtype=torch.int64)
+    segment = torch.full((clips, length), -1)  # 0 prefix, 1, 2, … questions, -1 padding
+    ids[:, : len(prefix)], positions[:, : len(prefix)] = torch.tensor(prefix), torch.arange(len(prefix))
+    segment[:, : len(prefix)] = 0
+    packed = PackedQuestions(ids, positions, labels, torch.empty(0), len(prefix), [], [], [], [])
+    for number, row in enumerate(rows):
+        at = len(prefix)
+        for index, (own, wanted, question) in enumerate(row, start=1):
+            part = slice(at, at + len(own))
+            ids[number, part], labels[number, part] = torch.tensor(own), torch.tensor(wanted)
+            positions[number, part] = torch.arange(len(prefix), len(prefix) + len(own))
+            segment[number, part] = index
+            if question is not None:
+                packed.order.append(question)
+                packed.first.append((number, part.stop - len(answer) - 1))
+                packed.box.append((number, at + own.index(config.box_token_id) - 1))
+                packed.seg.append((number, at + own.index(config.seg_token_id) - 1))
+            at = part.stop
+    same = (segment[:, :, None] == segment[:, None]) | (segment[:, None] == 0)
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    visible = (same & causal) | torch.eye(length, dtype=torch.bool)
+    packed.mask = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.bfloat16).min)[:, None]
+    return packed
 
 
 def language_states(
     side: LanguageSide, clips: list[SyntheticClip], questions: list[Question], with_video: bool
 ) -> LanguageStates:
-    """Run the language model over the packed questions."""
-    processor, model = side.processor, side.model
-    T = len(clips[0].frames)
-    prefix = shared_ids(side, T if with_video else 0)
-    rows = [[q for q in questions if q.clip == number] for number in range(len(clips))]
-    length = len(prefix) + max(sum(len(q.ids) for q in row) for row in rows)
-    ids = torch.full((len(clips), length), processor.tokenizer.pad_token_id)
-    labels = torch.full((len(clips), length), -100)
-    positions = torch.zeros(len(clips), length, dtype=torch.int64)
-    segment = torch.full((len(clips), length), -1)  # 0 prefix, 1, 2, … questions, -1 padding
-    ids[:, : len(prefix)], positions[:, : len(prefix)] = torch.tensor(prefix), torch.arange(len(prefix))
-    segment[:, : len(prefix)] = 0
-    box_at, seg_at, order = [], [], []
-    answer_length = len(processor.tokenizer.encode(ANSWER + " <|end|>", add_special_tokens=False))
-    for number, row in enumerate(rows):
-        at = len(prefix)
-        for index, question in enumerate(row, start=1):
-            part = slice(at, at + len(question.ids))
-            ids[number, part] = torch.tensor(question.ids)
-            positions[number, part] = torch.arange(len(prefix), len(prefix) + len(question.ids))
-            segment[number, part] = index
-            labels[number, part.stop - answer_length : part.stop] = ids[number, part.stop - answer_length : part.stop]
-            box_at.append((number, at + question.ids.index(model.config.box_token_id) - 1))
-            seg_at.append((number, at + question.ids.index(model.config.seg_token_id) - 1))
-            order.append(question)
-            at = part.stop
-    questions[:] = order
-    same = (segment[:, :, None] == segment[:, None]) | (segment[:, None] == 0)
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
-    visible = (same & causal) | torch.eye(length, dtype=torch.bool)
-    mask = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)[:, None]
-    supervised = with_video and side.training  # the attention is
+    """Run the language model over the packed questions, which are put in the order of the states."""
+    prefix = shared_ids(side, len(clips[0].frames) if with_video else 0)
+    packed = pack_questions(side, prefix, len(clips), questions)
+    questions[:] = packed.order
     with torch.autocast("cpu", torch.bfloat16, enabled=side.training):
         output = side.language_model(
-            inputs_embeds=_embed(side, ids, clips, with_video),
-            attention_mask=mask,
-            position_ids=positions,
+            inputs_embeds=_embed(side, packed.ids, clips, with_video),
+            attention_mask=packed.mask,
+            position_ids=packed.positions,
             output_hidden_states=True,
-            output_attentions=supervised,
         )
-    hidden, middle = output.hidden_states[-1].float(), output.hidden_states[-3].float()
-    rows, columns = (list(places) for places in zip(*box_at, strict=True))
+    *_, early, middle, _, hidden = (states.float() for states in output.hidden_states)
+    attention = anchor_attention = None
+    if with_video and side.training:  # it is supervised
+        anchor_attention = _attention_onto_prefix(side, -3, early, packed)
+        attention = _attention_onto_prefix(side, -2, middle, packed)
+    box_at, seg_at, first_at = (tuple(zip(*places, strict=True)) for places in (packed.box, packed.seg, packed.first))
     scores = output.logits[:, :-1].flatten(0, 1).float()
+    first_scores = output.logits[first_at].float()
+    first_words = packed.labels[first_at[0], [column + 1 for column in first_at[1]]]
+    denial = answer_ids(side.processor, NO_TARGET_ANSWER)[0]
     return LanguageStates(
-        box=hidden[rows, columns],
-        seg=hidden[rows, [column for _, column in seg_at]],
-        text_loss=F.cross_entropy(scores, labels[:, 1:].flatten(), ignore_index=-100),
-        query=middle[rows, columns],
-        clips=middle[:, : len(prefix)],
-        attention=output.attentions[-2][rows, :, columns, : len(prefix)].float() if supervised else None,
+        box=hidden[box_at],
+        seg=hidden[seg_at],
+        text_loss=F.cross_entropy(scores, packed.labels[:, 1:].flatten(), ignore_index=-100),
+        decision_loss=F.cross_entropy(first_scores, first_words),
+        says_none=first_scores.argmax(-1) == denial,
+        query=middle[box_at],
+        clips=middle[:, : packed.prefix],
+        attention=attention,
+        anchor_attention=anchor_attention,
     )
+
+
+def _attention_onto_prefix(side: LanguageSide, index: int, states: torch.Tensor, packed: PackedQuestions):
+    """Attention `(S, heads, prefix)` of the [BOX] positions in one layer, from the states `(C, L, D)` that enter it:
+    what the layer computes, for these positions alone."""
+    model = side.language_model.model
+    layer = model.layers[index]
+    states = layer.input_layernorm(states)
+    cos, sin = model.rotary_emb(states, packed.positions)
+    width = layer.self_attn.head_dim
+    key = layer.self_attn.k_proj(states).unflatten(-1, (-1, width))
+    rows, columns = (list(places) for places in zip(*packed.box, strict=True))
+    query = layer.self_attn.q_proj(states[rows, columns]).unflatten(-1, (-1, width))
+    key, _ = apply_rotary_pos_emb(key, key, cos, sin, unsqueeze_dim=2)
+    query, _ = apply_rotary_pos_emb(query, query, cos[rows, columns], sin[rows, columns], unsqueeze_dim=1)
+    parts = []
+    for number in sorted(set(rows)):  # questions lie clip by clip
+        own = [s for s, row in enumerate(rows) if row == number]
+        scores = torch.einsum("shd,lhd->shl", query[own], key[number]) * layer.self_attn.scaling
+        seen = packed.mask[number, 0, [columns[s] for s in own]][:, None]
+        parts.append((scores + seen).softmax(-1)[..., : packed.prefix])
+    return torch.cat(parts)
 
 
 def _embed(side: LanguageSide, ids: torch.Tensor, clips: list[SyntheticClip], with_video: bool) -> torch.Tensor:
@@ -252,7 +347,7 @@ def frozen_pixels(side: LanguageSide, clips: list[SyntheticClip], frame: int) ->
     """Pyramid and proposals of one frame of each clip."""
     pixels: PixelSide = side.frozen["pixels"]
     with torch.no_grad():
-        pyramid = encode_frames(pixels.mask_tracker, np.stack([clip.frames[frame] for clip in clips]))
+        pyramid = encode_frozen(pixels.mask_tracker, np.stack([clip.frames[frame] for clip in clips]))
         return pyramid, pixels.region_proposer.propose(list(pyramid.levels))
 
 
@@ -380,7 +475,7 @@ def language_step(
     per_clip: int,
     seed: int,
     with_video: bool,
-    favoured: str | None,
+    favoured: tuple[str, ...],
     seg_every: int,
 ) -> dict[str, torch.Tensor]:
     rng = np.random.default_rng([seed, step])
@@ -388,7 +483,7 @@ def language_step(
     world = worlds[step % len(worlds)]
     batch = batch_clips(step, clips, seed, world)
     watched = [as_seen(clip, side.model.config.num_frames) for clip in batch]
-    frame = 0 if rng.random() < 0.75 else int(rng.choice(side.model.candidate_frames(world.num_frames)))
+    frame = 0 if rng.random() < 0.65 else int(rng.choice(side.model.candidate_frames(world.num_frames)))
     boxes = true_boxes(batch, frame)
     is_allowed = functools.partial(is_askable, frame=frame, with_video=with_video)
     questions = draw_questions(side, batch, per_clip, rng, is_allowed, favoured)
@@ -405,8 +500,9 @@ def language_step(
     features = region_features(side, proposals, pyramid)
     losses = filter_loss(side, filter_scores(side, tokens, clip_of, proposals, features), proposals, clip_of, targets)
     losses["absence"] = absence_loss(side, tokens, questions, batch, proposals, features)
-    losses["text"] = states.text_loss
-    loss = 2 * losses["filter"] + losses["ranking"] + losses["box"] + 0.3 * losses["absence"] + 0.2 * losses["text"]
+    losses["text"], losses["decision"] = states.text_loss, states.decision_loss
+    loss = 2 * losses["filter"] + losses["ranking"] + losses["box"] + 0.3 * losses["absence"]
+    loss = loss + 0.2 * losses["text"] + 0.5 * losses["decision"]
     if step % seg_every == 0:
         losses["seg"] = seg_loss(side, side.seg_head(states.seg), batch, questions, seen, frame, pyramid)
         loss = loss + 0.5 * losses["seg"]
@@ -416,10 +512,15 @@ def language_step(
             distance = (side.box_regressor(tokens[one]).sigmoid() - xyxy_to_cxcywh(targets[one, 0])).abs()
             losses["regressor"] = distance.sum() / max(len(one), 1)
             loss = loss + 1.5 * losses["regressor"]
-        losses["attention"] = attention_loss(side, states.attention, watched, questions)
+        meant = [q.targets for q in questions]
+        losses["attention"] = attention_loss(side, states.attention, watched, clip_of, meant)
+        anchors = [() if q.expression.anchor_id is None else (q.expression.anchor_id,) for q in questions]
+        losses["anchor"] = attention_loss(side, states.anchor_attention, watched, clip_of, anchors)
         losses["words"] = motion_words_loss(side, states.query, batch, questions)
-        losses["patches"] = patch_loss(side, states.clips, watched)
-        loss = loss + 0.4 * losses["attention"] + 0.5 * losses["words"] + 0.5 * losses["patches"]
+        facts = [object_facts(clip, side.words["colour"]) for clip in batch]
+        losses["patches"] = patch_loss(side, states.clips, watched, facts, int(rng.integers(len(watched[0].frames))))
+        loss = loss + 0.4 * losses["attention"] + 0.2 * losses["anchor"]
+        loss = loss + 0.5 * losses["words"] + 0.5 * losses["patches"]
     return {"loss": loss, **losses}
 
 
@@ -470,33 +571,51 @@ def seg_loss(
 
 
 def attention_loss(
-    side: LanguageSide, attention: torch.Tensor, clips: list[SyntheticClip], questions: list[Question]
+    side: LanguageSide,
+    attention: torch.Tensor,
+    clips: list[SyntheticClip],
+    clip_of: list[int],
+    objects: list[tuple[int, ...]],
 ) -> torch.Tensor:
-    """-log of the attention that falls on the tokens of the targets: half of the heads on their temporal tokens, the
-    other half on their spatial tokens of the first frame. Only questions whose targets are all on the first frame."""
+    """-log of the attention that falls on the tokens of some objects: half of the heads on their temporal tokens, the
+    other half on their spatial tokens of the first frame. Only where the first frame shows all these objects.
+
+    Args:
+        attention: `(S, heads, prefix)`.
+        clips: as the language model sees them.
+        clip_of: of each question.
+        objects: which each question should look at; none: the question does not count.
+    """
     config = side.model.config
     heads = attention.shape[1]
-    spatial_side = config.spatial_pool_size
-    first = attention.shape[-1] - config.num_visual_tokens(len(clips[0].frames))
-    spatial = attention[..., first : first + spatial_side**2]
-    temporal = attention[..., first + len(clips[0].frames) * spatial_side**2 :]
+    places = visual_places(side, attention.shape[-1], len(clips[0].frames))
     middle = slice(config.temporal_config.tubelet_size // 2, None, config.temporal_config.tubelet_size)
     patch = config.temporal_config.patch_size
     spatial_target, temporal_target, rows = [], [], []
-    for row, seen in enumerate(visible_targets(questions, clips, 0)):
-        question = questions[row]
-        if not seen or len(seen) < len(question.targets):
+    for row, (number, wanted) in enumerate(zip(clip_of, objects, strict=True)):
+        seen = clips[number].visibility[list(wanted), 0] > WELL_SEEN
+        if not wanted or not seen.all():
             continue
         rows.append(row)
-        masks = clips[question.clip].masks[seen].any(0)
+        masks = clips[number].masks[list(wanted)].any(0)
         temporal_target.append(patch_owner(masks[None, middle], patch).ravel() == 0)
-        grid = F.adaptive_avg_pool2d(torch.from_numpy(masks[0]).float()[None], spatial_side).flatten()
+        grid = F.adaptive_avg_pool2d(torch.from_numpy(masks[0]).float()[None], config.spatial_pool_size).flatten()
         spatial_target.append((grid > 0.25 * grid.max()).numpy())
     if not rows:
         return attention.sum() * 0.0
-    on_temporal = (temporal[rows] * torch.from_numpy(np.stack(temporal_target))[:, None]).sum(-1)[:, : heads // 2]
-    on_spatial = (spatial[rows] * torch.from_numpy(np.stack(spatial_target))[:, None]).sum(-1)[:, heads // 2 :]
+    spatial, temporal = attention[rows][..., places["spatial"]], attention[rows][..., places["temporal"]]
+    spatial = spatial[..., : config.spatial_pool_size**2]
+    on_temporal = (temporal * torch.from_numpy(np.stack(temporal_target))[:, None]).sum(-1)[:, : heads // 2]
+    on_spatial = (spatial * torch.from_numpy(np.stack(spatial_target))[:, None]).sum(-1)[:, heads // 2 :]
     return -torch.log(torch.cat([on_temporal, on_spatial], dim=1) + 1e-4).mean() / math.log(10)
+
+
+def visual_places(side: LanguageSide, prefix: int, num_frames: int) -> dict[str, slice]:
+    """Where the spatial tokens, frame by frame, and the temporal tokens lie in a prefix that ends with them."""
+    config = side.model.config
+    first = prefix - config.num_visual_tokens(num_frames)
+    middle = first + num_frames * config.spatial_pool_size**2
+    return {"spatial": slice(first, middle), "temporal": slice(middle, prefix)}
 
 
 def motion_words_loss(
@@ -517,19 +636,32 @@ def motion_words_loss(
     return F.cross_entropy(side.motion_classifier(query), labels, ignore_index=-1)
 
 
-def patch_loss(side: LanguageSide, states: torch.Tensor, clips: list[SyntheticClip]) -> torch.Tensor:
-    """What the object of each temporal token is, where it is and how it moves, from the states `(C, prefix, D)` that
+def patch_loss(
+    side: LanguageSide, states: torch.Tensor, clips: list[SyntheticClip], facts: list[ObjectFacts], frame: int
+) -> torch.Tensor:
+    """What the object of each temporal token is, where it is, how it moves and what happens to it; what the object of
+    each spatial token of the first frame and of another one is, and where. From the states `(C, prefix, D)` that
     attention reads: an answer can only point to what these still tell."""
     config = side.model.config.temporal_config
-    count = (len(clips[0].frames) // config.tubelet_size) * (config.image_size // config.patch_size) ** 2
-    features = states[:, -count:].flatten(0, 1)
-    owners = tubelet_owners(clips, config.patch_size, config.tubelet_size)
-    total = 10 * box_distance(side.patch_heads["box"](features), patch_targets(owners, "box", None))
-    for name, words in side.words.items():
-        targets = patch_targets(owners, name, words)
-        if (targets != BACKGROUND).any():  # speeds are not always known
-            logits = side.patch_heads[name](features)
-            total = total + PATCH_WEIGHT[name] * F.cross_entropy(logits, targets, ignore_index=BACKGROUND)
+    places = visual_places(side, states.shape[1], len(clips[0].frames))
+    owners = tubelet_owners(clips, facts, config.patch_size, config.tubelet_size)
+    total = _heads_loss(side, side.temporal_heads, states[:, places["temporal"]].flatten(0, 1), owners)
+    if side.model.config.spatial_pool_size * config.patch_size == config.image_size:  # a token is a patch
+        spatial = states[:, places["spatial"]].unflatten(1, (len(clips[0].frames), -1))
+        for t in {0, frame}:
+            owners = frame_owners(clips, config.patch_size, t)
+            total = total + 0.5 * _heads_loss(side, side.spatial_heads, spatial[:, t].flatten(0, 1), owners)
+    return total
+
+
+def _heads_loss(
+    side: LanguageSide, heads: nn.ModuleDict, features: torch.Tensor, owners: list[PatchOwners]
+) -> torch.Tensor:
+    total = features.sum() * 0.0
+    for name, head in heads.items():
+        loss = head_loss(name, head(features), patch_targets(owners, name, side.words.get(name)))
+        if loss is not None:
+            total = total + PATCH_WEIGHT[name] * loss
     return total
 
 
@@ -538,23 +670,24 @@ def evaluate_language(
 ) -> dict[str, float]:
     """By world: share of questions with one target whose most confident proposal on the first frame lies on it, of all
     and by kind; share of the targets of kind `multi` and of the questions of kind `none` that a keep score of 0.5
-    finds or leaves out."""
+    finds or leaves out. Where the first word says that there is nothing, nothing is found; `denied` is how often that
+    is said of something."""
     figures = {}
     for name, world in worlds.items():
-        right, multi, none = _answer_on_first_frames(side, world, seed, with_video, clips)
-        figures[f"val_{name}_right"] = np.mean([hit for hits in right.values() for hit in hits])
-        by_kind = right | {"multi": multi, "none": none}
+        by_kind = _answer_on_first_frames(side, world, seed, with_video, clips)
+        hits = [hits for kind, hits in by_kind.items() if kind not in ("multi", "none", "denied")]
+        figures[f"val_{name}_right"] = np.mean(np.concatenate(hits))
         figures |= {f"val_{name}_{kind}": np.mean(hits) for kind, hits in sorted(by_kind.items()) if hits}
     return {name: float(value) for name, value in figures.items()}
 
 
 def _answer_on_first_frames(
     side: LanguageSide, world: WorldConfig, seed: int, with_video: bool, clips: int
-) -> tuple[dict[str, list[bool]], list[bool], list[bool]]:
-    """Of each question with one target whether it is found, by kind; of each of several; whether nothing is found."""
+) -> dict[str, list[bool]]:
+    """By kind of question, of each target whether it is found; of `none` whether nothing is; of those with targets
+    whether these are `denied`."""
     rng = np.random.default_rng(seed)
-    right: dict[str, list[bool]] = {}
-    multi, none = [], []
+    right: dict[str, list[bool]] = {"multi": [], "none": [], "denied": []}
     for start in range(0, clips, 16):
         batch = batch_clips(start // 16, 16, seed + 5, world, split="validation")
         questions = draw_questions(side, batch, 6, rng, lambda clip, item: True)
@@ -568,15 +701,19 @@ def _answer_on_first_frames(
         for row, question in enumerate(questions):
             confidence, kept = output.confidence[row], output.logits[row] > 0
             overlap = pairwise_iou(output.boxes[row], boxes[question.clip]).nan_to_num()  # (Q, N)
+            denied = bool(states.says_none[row])
             if question.expression.kind == "none":
-                none.append(not kept.any())
-            elif question.expression.kind == "multi":
-                multi += (overlap[kept][:, list(question.targets)] > 0.5).any(0).tolist()
+                right["none"].append(denied or not kept.any())
+                continue
+            right["denied"].append(denied)
+            if question.expression.kind == "multi":
+                found = (overlap[kept][:, list(question.targets)] > 0.5).any(0)
+                right["multi"] += (found & (not denied)).tolist()
             else:
                 chosen = overlap[confidence.argmax()]
-                hit = bool(chosen.argmax() == question.targets[0] and chosen.max() > 0.3)
-                right.setdefault(question.expression.kind, []).append(hit)
-    return right, multi, none
+                hit = chosen.argmax() == question.targets[0] and chosen.max() > 0.3 and not denied
+                right.setdefault(question.expression.kind, []).append(bool(hit))
+    return right
 
 
 def train_language_stage(
@@ -609,12 +746,13 @@ def train_language_stage(
     side = LanguageSide(model, processor, pixels, attributes=pixel_heads is not None)
     side.requires_grad_(True)
     side.adapters.requires_grad_(with_video)
-    if with_video:  # attention weights are supervised
-        side.language_model.set_attn_implementation("eager")
     if stage == "visual" and from_scratch:
         for adapter in side.adapters:  # visual tokens enter quietly
             with torch.no_grad():
                 adapter.fc2.weight.mul_(0.1)
+    favoured: tuple[str, ...] = ()
+    if stage in ("visual", "motion"):  # what is learnt last is asked most
+        favoured = ("motion",) if from_scratch else LATE_KINDS
     run_stage(
         stage,
         side,
@@ -626,8 +764,7 @@ def train_language_stage(
             per_clip=8,
             seed=seed,
             with_video=with_video,
-            # learned last by a model that knows nothing: ask for it most
-            favoured="motion" if from_scratch and stage in ("visual", "motion") else None,
+            favoured=favoured,
             # a head that knows its task only has to keep up
             seg_every=1 if pixel_heads is not None else 4,
         ),

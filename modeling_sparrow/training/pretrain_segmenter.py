@@ -56,6 +56,13 @@ def encode_frames(tracker: MaskTracker, frames: np.ndarray) -> FramePyramid:
     return tracker.encode_frames(torch.stack([segmenter_pixels(frame, size) for frame in frames]))
 
 
+@torch.no_grad()
+def encode_frozen(tracker: MaskTracker, frames: np.ndarray) -> FramePyramid:
+    """The same for training what comes behind the encoder: in bfloat16, which takes less than half of the time."""
+    with torch.autocast("cpu", torch.bfloat16):
+        return encode_frames(tracker, frames).float()
+
+
 def at_resolution(world: WorldConfig, step: int) -> WorldConfig:
     """The world at its own resolution, every third step at another one."""
     if step % 3 != 2:
@@ -260,8 +267,7 @@ def video_step(
             present.append(torch.from_numpy(clip.visibility[n] > 0.1))
             clip_of.append(len(frames))
         frames.append(clip.frames)
-    with torch.no_grad():
-        pyramid = encode_frames(side.mask_tracker, np.concatenate(frames))
+    pyramid = encode_frozen(side.mask_tracker, np.concatenate(frames))
     targets, present = torch.stack(targets).float(), torch.stack(present)
     totals: dict[str, torch.Tensor] = {}
     for masks in side.mask_tracker.propagate(ClipPyramids(pyramid, T, torch.tensor(clip_of)), objects):

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sparrow_processing import SparrowProcessor
 
-from ..configuration_sparrow import FiltrationHeadConfig, SparrowConfig
+from ..configuration_sparrow import FiltrationHeadConfig, MaskTrackerConfig, SparrowConfig
 from ..evaluation.files import read_json, write_json
 from ..evaluation.synthetic import evaluate_synthetic
 from ..modeling_sparrow import SparrowForVideoGrounding
@@ -57,13 +57,14 @@ RECIPES = {
         "polish": (500, 8),
     },
     # the same world for longer: the image encoder stays
-    "longer": {"video": (1380, 4), "towers": (3600, 16), "visual": (3600, 8)},
+    "longer": {"video": (1550, 4), "towers": (2400, 16), "visual": (2700, 6)},
 }
-# rules of the choice among proposals, and the values among which the validation split chooses
+# rules of the choice among proposals and of tracking, and the values among which the validation split chooses
 RULES = {
     "score_threshold": (0.5, 0.6, 0.7),
     "fallback_threshold": (0.2, 0.3, 0.4, 0.5),
-    "num_prompt_frames": (1, 2, 4),
+    "num_prompt_frames": (1, 2, 4, 8),
+    "reprompt_threshold": (None, 0.2, 0.4),
 }
 NEEDED = {
     "image": [],
@@ -171,7 +172,7 @@ def train_stage(
     if stage == "image":
         train_image_stage(model, output, world, steps, clips, seed, from_scratch)
     elif stage == "video":
-        train_video_stage(model, output, world, steps, clips, seed, learning_rate=8e-4 if from_scratch else 6e-4)
+        train_video_stage(model, output, world, steps, clips, seed, learning_rate=8e-4 if from_scratch else 4e-4)
     elif stage == "towers":
         train_tower_stage(model, output, world, steps, clips, seed)
     else:
@@ -240,9 +241,10 @@ def choose_rules(checkpoint: Path, clips: int = 130):
     write_json(history, read_json(history) | {"validation_j_and_f": figures})
 
 
-def _owner(config: SparrowConfig, rule: str) -> SparrowConfig | FiltrationHeadConfig:
+def _owner(config: SparrowConfig, rule: str) -> SparrowConfig | FiltrationHeadConfig | MaskTrackerConfig:
     """The configuration that has a rule."""
-    return config if rule == "num_prompt_frames" else config.filtration_config
+    parts = (config, config.filtration_config, config.mask_tracker_config)
+    return next(part for part in parts if hasattr(part, rule))
 
 
 def _summary(log: Path) -> dict:

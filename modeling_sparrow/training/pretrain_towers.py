@@ -1,8 +1,8 @@
 """From scratch, towers: what each patch of the spatial and the temporal tower shows, on generated videos.
 
-Throw-away heads say for every patch which noun, colour and size covers it, in which direction that object moves and
-where its box is. Without this the towers of a small model never learn motion from the answers alone, and their tokens
-forget where in the picture they come from.
+Throw-away heads say for every patch which noun, colour and size covers it, in which direction that object moves,
+where its box is and what happens to it. Without this the towers of a small model never learn motion from the answers
+alone, and their tokens forget where in the picture they come from.
 """
 
 import functools
@@ -20,13 +20,15 @@ from sparrow_processing.synthetic import PRESETS, SPEEDS, SyntheticClip, Synthet
 
 from ..modeling_sparrow import SparrowForVideoGrounding
 from .loop import run_stage
+from .object_facts import EVENT_NAMES, MOST_RANKS, UNKNOWN, ObjectFacts, object_facts
 from .pretrain_segmenter import batch_clips, long_world
 
 DIRECTIONS = ("still", "left", "right", "up", "down")
 SPEED_WORDS = ("still", *SPEEDS)
 ACTIONS = ("still", "straight", "turn", "stop", "start")
 MOTION_WORDS = {"direction": DIRECTIONS, "speed": SPEED_WORDS, "action": ACTIONS}
-BACKGROUND = -1  # patches without an object count for nothing
+BACKGROUND = UNKNOWN  # patches without an object count for nothing
+RARE = 3.0  # weight of an event that happens against one that does not
 
 
 class TowerSide(nn.Module):
@@ -43,6 +45,7 @@ class TowerSide(nn.Module):
         self.spatial_heads = nn.ModuleDict({name: nn.Linear(width, size) for name, size in sizes.items()})
         width = config.temporal_config.hidden_size
         sizes |= {name: len(words) for name, words in MOTION_WORDS.items()}
+        sizes |= {"events": len(EVENT_NAMES), "partner": len(world.colours)}
         self.temporal_heads = nn.ModuleDict({name: nn.Linear(width, size) for name, size in sizes.items()})
 
 
@@ -53,6 +56,7 @@ class PatchOwners:
     index: np.ndarray
     clip: SyntheticClip
     boxes: np.ndarray  # (N, 4) normalised cxcywh, NaN where hidden
+    facts: ObjectFacts | None = None
 
 
 def as_seen(clip: SyntheticClip, num_frames: int) -> SyntheticClip:
@@ -90,21 +94,42 @@ def tower_step(
     step: int, side: TowerSide, worlds: list[WorldConfig], clips: int, seed: int
 ) -> dict[str, torch.Tensor]:
     world = worlds[step % len(worlds)]
-    batch = [as_seen(clip, side.num_frames) for clip in batch_clips(step, clips, seed + 2, world)]
+    batch = batch_clips(step, clips, seed + 2, world)
     rng = np.random.default_rng([seed, 2, step])
     losses = {}
-    for name, (output, target) in {**_spatial(side, batch, rng), **_temporal(side, batch)}.items():
-        if name.endswith("box"):
-            losses[name] = 10 * box_distance(output, target)
-        elif (target != BACKGROUND).any():  # speeds are not always known
-            losses[name] = F.cross_entropy(output, target, ignore_index=BACKGROUND)
+    for name, (output, target) in _answers(side, batch, rng).items():
+        loss = head_loss(name.split("_")[1], output, target)
+        if loss is not None:
+            losses[name] = loss
     return {"loss": sum(losses.values()), **losses}
+
+
+def head_loss(name: str, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor | None:
+    """Loss of a throw-away head over the patches of which the answer is known; None if there is no such patch."""
+    if name == "box":
+        return 10 * box_distance(output, target)
+    if name == "events":
+        known = ~target.isnan()
+        weight = torch.tensor(RARE)
+        return F.binary_cross_entropy_with_logits(output[known], target[known], pos_weight=weight)
+    if name == "ranks":
+        output, target = output.unflatten(-1, (-1, MOST_RANKS)).flatten(0, 1), target.flatten()
+    if not (target != UNKNOWN).any():
+        return None
+    return F.cross_entropy(output, target, ignore_index=UNKNOWN)
 
 
 def box_distance(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Mean distance of normalised cxcywh coordinates, over patches with an object."""
     known = ~target.isnan().any(-1)
     return (output[known].sigmoid() - target[known]).abs().mean()
+
+
+def _answers(side: TowerSide, clips: list[SyntheticClip], rng: np.random.Generator) -> dict:
+    """Outputs and targets of all heads; the towers see the clips as the language model does."""
+    facts = [object_facts(clip, side.words["colour"]) for clip in clips]
+    batch = [as_seen(clip, side.num_frames) for clip in clips]
+    return {**_spatial(side, batch, rng), **_temporal(side, batch, facts)}
 
 
 def _spatial(side: TowerSide, batch: list[SyntheticClip], rng: np.random.Generator) -> dict:
@@ -123,14 +148,14 @@ def _spatial(side: TowerSide, batch: list[SyntheticClip], rng: np.random.Generat
     }
 
 
-def _temporal(side: TowerSide, batch: list[SyntheticClip]) -> dict:
+def _temporal(side: TowerSide, batch: list[SyntheticClip], facts: list[ObjectFacts]) -> dict:
     """Outputs and targets of every tubelet, by the object in the middle of its time."""
     frames = np.stack([clip.frames for clip in batch])
     features = side.temporal_tower(
         temporal_input(frames.reshape(-1, *frames.shape[2:])).unflatten(0, frames.shape[:2])
     )
     features = features.last_hidden_state[:, 1:].flatten(0, 1)
-    owners = tubelet_owners(batch, side.patch_size, side.tubelet_size)
+    owners = tubelet_owners(batch, facts, side.patch_size, side.tubelet_size)
     words = side.words | MOTION_WORDS
     return {
         f"temporal_{name}": (head(features), patch_targets(owners, name, words.get(name)))
@@ -138,34 +163,44 @@ def _temporal(side: TowerSide, batch: list[SyntheticClip]) -> dict:
     }
 
 
-def tubelet_owners(batch: list[SyntheticClip], patch_size: int, tubelet_size: int) -> list[PatchOwners]:
+def tubelet_owners(
+    batch: list[SyntheticClip], facts: list[ObjectFacts], patch_size: int, tubelet_size: int
+) -> list[PatchOwners]:
     """Of the temporal tower's tokens: one item per clip and tubelet, by the object in the middle of its time."""
     owners = []
-    for clip in batch:
+    for clip, own in zip(batch, facts, strict=True):
         middle = range(tubelet_size // 2, len(clip.frames), tubelet_size)
         index = patch_owner(clip.masks[:, list(middle)], patch_size)
-        owners += [_owners(clip, slot, t) for slot, t in zip(index, middle, strict=True)]
+        owners += [_owners(clip, slot, t, own) for slot, t in zip(index, middle, strict=True)]
     return owners
 
 
-def _owners(clip: SyntheticClip, index: np.ndarray, t: int) -> PatchOwners:
+def frame_owners(batch: list[SyntheticClip], patch_size: int, t: int) -> list[PatchOwners]:
+    """Of the spatial tower's patches of frame `t`: one item per clip."""
+    return [_owners(clip, patch_owner(clip.masks[:, [t]], patch_size)[0], t) for clip in batch]
+
+
+def _owners(clip: SyntheticClip, index: np.ndarray, t: int, facts: ObjectFacts | None = None) -> PatchOwners:
     H, W = clip.frames.shape[1:3]
     corners = clip.boxes[:, t] / np.array([W, H, W, H], np.float32)
     boxes = np.concatenate([(corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]], axis=1)
-    return PatchOwners(index.ravel(), clip, boxes)
+    return PatchOwners(index.ravel(), clip, boxes, facts)
 
 
 def patch_targets(owners: list[PatchOwners], name: str, words: tuple[str, ...] | None) -> torch.Tensor:
-    """Word index, or box, of the owner of each patch."""
+    """Word index of the owner of each patch, or its box, or one of its facts."""
     rows = []
     for owner in owners:
-        if words is None:
-            values = np.concatenate([owner.boxes, np.full((1, 4), np.nan)]).astype(np.float32)
-        else:
+        if words is not None:
             said = [_word(owner.clip, item, name) for item in owner.clip.objects]
-            values = np.array([BACKGROUND if word is None else words.index(word) for word in said] + [BACKGROUND])
+            values = np.array([BACKGROUND if word is None else words.index(word) for word in said])
+        else:
+            values = owner.boxes if name == "box" else getattr(owner.facts, name)
+        nothing = np.nan if np.issubdtype(values.dtype, np.floating) else BACKGROUND
+        values = np.concatenate([values, np.full_like(values[:1], nothing)])
         rows.append(values[owner.index])  # BACKGROUND picks the last entry
-    return torch.from_numpy(np.concatenate(rows))
+    targets = np.concatenate(rows)
+    return torch.from_numpy(targets.astype(np.float32) if np.issubdtype(targets.dtype, np.floating) else targets)
 
 
 def _word(clip: SyntheticClip, item: SyntheticObject, name: str) -> str | None:
@@ -188,10 +223,13 @@ def _word(clip: SyntheticClip, item: SyntheticObject, name: str) -> str | None:
 def evaluate_towers(side: TowerSide, world: WorldConfig, seed: int, clips: int = 48) -> dict[str, float]:
     batch = batch_clips(0, clips, seed, world, split="validation")
     figures = {}
-    outputs = {**_spatial(side, batch, np.random.default_rng(seed)), **_temporal(side, batch)}
-    for name, (output, target) in outputs.items():
+    for name, (output, target) in _answers(side, batch, np.random.default_rng(seed)).items():
         if name.endswith("box"):
             figures[f"val_{name}"] = box_distance(output, target)
+        elif name.endswith("events"):  # balanced: of those that happen, and of those that do not
+            figures[f"val_{name}"] = (
+                sum(((output > 0) == happens)[target == happens].float().mean() for happens in (0, 1)) / 2
+            )
         else:
             known = target != BACKGROUND
             figures[f"val_{name}"] = (output.argmax(-1) == target)[known].float().mean()

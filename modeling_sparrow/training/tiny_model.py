@@ -119,7 +119,7 @@ def tiny_config(vocab_size: int = 256, **special_token_ids: int) -> SparrowConfi
         num_frames=8,
         num_prompt_frames=4,
         spatial_feature_layer=-1,
-        spatial_pool_size=4,
+        spatial_pool_size=8,
         temporal_pool_size=8,
         **ids,
     )

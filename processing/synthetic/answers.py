@@ -231,7 +231,7 @@ def _motion_questions(writer: Writer) -> Iterator[Dialogue]:
         for i, names in named.items():
             if states[i]:
                 yield _text(_pick(writer.rng, DIRECTION_QUESTIONS).format(name=_pick(writer.rng, names)), direction)
-    for event, states in writer.events().items():
+    for event, states in writer.facts.events().items():
         truths = [[i for i in named if states[i] is truth and writer.facts.seen_enough[i]] for truth in (True, False)]
         if not all(truths):
             continue  # each event happens as often as it does not: the words tell nothing

@@ -40,12 +40,14 @@ class Expression:
         target_ids: indices of the objects that are meant, none for kind ``none``.
         kind: one of ``KINDS``.
         candidates: number of objects in the clip; one drawn by chance is right with 1 / candidates.
+        anchor_id: index of the object that a relation or a meeting refers to.
     """
 
     text: str
     target_ids: tuple[int, ...]
     kind: str
     candidates: int
+    anchor_id: int | None = None
 
 
 class _OfKind(Protocol):
@@ -64,7 +66,8 @@ class Head:
     ids: tuple[int, ...]
 
 
-_Found = Iterator[tuple[str, tuple[int, ...]]]  # texts and the objects they mean
+# texts, the objects they mean, and perhaps the anchor
+_Found = Iterator[tuple[str, tuple[int, ...]] | tuple[str, tuple[int, ...], int]]
 
 
 def all_expressions(clip: SyntheticClip, rng: np.random.Generator) -> list[Expression]:
@@ -78,9 +81,9 @@ def all_expressions(clip: SyntheticClip, rng: np.random.Generator) -> list[Expre
     writer = Writer(clip, rng)
     expressions = []
     for kind in clip.config.kinds:
-        for text, targets in _GENERATORS[kind](writer):
+        for text, targets, *anchor in _GENERATORS[kind](writer):
             if all(writer.facts.seen_enough[i] for i in targets):
-                expressions.append(Expression(text, tuple(targets), kind, clip.num_objects))
+                expressions.append(Expression(text, tuple(targets), kind, clip.num_objects, *anchor))
     return expressions
 
 
@@ -126,17 +129,6 @@ class Writer:
     def names(self, i: int) -> list[str]:
         """Noun phrases that fit object ``i`` alone."""
         return [head.text for head in (*self.nouns, *self.pairs) if head.ids == (i,)]
-
-    def events(self) -> dict[str, States]:
-        """For each of ``EVENTS`` the objects to which it happens."""
-        if self.clip.config.num_frames == 1:
-            return {}
-        facts = self.facts
-        states = {name: getattr(facts, name) for name in EVENTS if not name.startswith("ends_")}
-        if self.clip.bar is None:
-            del states["behind_bar"]
-        states |= {f"ends_{side}": facts.lies(*where, frame=-1) for side, where in SIDES.items()}
-        return states
 
     def directions(self) -> dict[str, States]:
         return {direction: self.facts.heads(direction) for direction in ("left", "right", "up", "down")}
@@ -249,11 +241,11 @@ def _relation(writer: Writer) -> _Found:
             for relation, target in found.items():
                 if target is not None:
                     words = {"relation": writer.pick(SYNONYMS[relation]), "anchor": writer.pick(names)}
-                    yield writer.write("relation", head=head.text, **words), (target,)
+                    yield writer.write("relation", head=head.text, **words), (target,), anchor
 
 
 def _event(writer: Writer) -> _Found:
-    for event, states in writer.events().items():
+    for event, states in writer.facts.events().items():
         for head in writer.ambiguous_heads:
             target = only(states, head.ids)
             if target is not None:
@@ -271,13 +263,13 @@ def _meeting(writer: Writer) -> _Found:
                 others = tuple(i for i in head.ids if i != anchor)
                 target = only(states, others) if len(others) > 1 else None
                 if target is not None:
-                    yield writer.write(form, head=head.text, anchor=writer.pick(names)), (target,)
+                    yield writer.write(form, head=head.text, anchor=writer.pick(names)), (target,), anchor
 
 
 def _multi(writer: Writer) -> _Found:
     predicates = [("multi_direction", word, states) for word, states in writer.directions().items()]
     predicates += [("multi_still", "", writer.facts.still)]
-    predicates += [("multi_event", event, states) for event, states in writer.events().items()]
+    predicates += [("multi_event", event, states) for event, states in writer.facts.events().items()]
     for head in writer.ambiguous_heads:
         words = {"plural": head.plural, "number": NUMBERS[len(head.ids)]}
         if head is not writer.everything:
@@ -299,7 +291,7 @@ def _none(writer: Writer) -> _Found:
     false = [("direction", SYNONYMS[name], states) for name, states in writer.directions().items()]
     false += [("still", ("",), writer.facts.still), ("moving", ("",), writer.facts.moves)]
     yield from _false_of_all(writer, false)
-    events = writer.events()
+    events = writer.facts.events()
     singular = {name: [form[0] for form in EVENTS[name]] for name in events}
     yield from _false_of_all(writer, [("event", singular[name], states) for name, states in events.items()])
     sizes = {size: [thing.size == size for thing in writer.objects] for size in SIZES}

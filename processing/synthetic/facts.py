@@ -12,6 +12,7 @@ from functools import cached_property
 import numpy as np
 
 from .config import DIRECTIONS, SPEEDS
+from .words import EVENTS, SIDES
 from .world import SyntheticClip
 
 POSITION_MARGIN = 10 / 128  # what is closer than this is too ambiguous to be asked about
@@ -218,6 +219,15 @@ class Facts:
             return True
         covered = share < CLEAR_SHARE * self.inside[n]
         return None if (covered & (self.inside[n] > 0)).any() else False
+
+    def events(self) -> dict[str, States]:
+        """For each of ``EVENTS`` the objects to which it happens; none in a still picture."""
+        if self.clip.config.num_frames == 1:
+            return {}
+        states = {name: getattr(self, name) for name in EVENTS if not name.startswith("ends_")}
+        if self.clip.bar is None:
+            del states["behind_bar"]
+        return states | {f"ends_{side}": self.lies(*where, frame=-1) for side, where in SIDES.items()}
 
     # ------------------------------------------------------------------ places
 
