@@ -254,7 +254,7 @@ def pack_questions(side: LanguageSide, prefix: list[int], clips: int, questions:
     segment = torch.full((clips, length), -1)  # 0 prefix, 1, 2, … questions, -1 padding
     ids[:, : len(prefix)], positions[:, : len(prefix)] = torch.tensor(prefix), torch.arange(len(prefix))
     segment[:, : len(prefix)] = 0
-    packed = PackedQuestions(ids, positions, labels, torch.empty(0), len(prefix), [], [], [], [])
+    order, first, box, seg = [], [], [], []
     for number, row in enumerate(rows):
         at = len(prefix)
         for index, (own, wanted, question) in enumerate(row, start=1):
@@ -263,16 +263,16 @@ def pack_questions(side: LanguageSide, prefix: list[int], clips: int, questions:
             positions[number, part] = torch.arange(len(prefix), len(prefix) + len(own))
             segment[number, part] = index
             if question is not None:
-                packed.order.append(question)
-                packed.first.append((number, part.stop - len(answer) - 1))
-                packed.box.append((number, at + own.index(config.box_token_id) - 1))
-                packed.seg.append((number, at + own.index(config.seg_token_id) - 1))
+                order.append(question)
+                first.append((number, part.stop - len(answer) - 1))
+                box.append((number, at + own.index(config.box_token_id) - 1))
+                seg.append((number, at + own.index(config.seg_token_id) - 1))
             at = part.stop
     same = (segment[:, :, None] == segment[:, None]) | (segment[:, None] == 0)
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     visible = (same & causal) | torch.eye(length, dtype=torch.bool)
-    packed.mask = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.bfloat16).min)[:, None]
-    return packed
+    mask = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.bfloat16).min)[:, None]
+    return PackedQuestions(ids, positions, labels, mask, len(prefix), order, first, box, seg)
 
 
 def language_states(
@@ -312,7 +312,9 @@ def language_states(
     )
 
 
-def _attention_onto_prefix(side: LanguageSide, index: int, states: torch.Tensor, packed: PackedQuestions):
+def _attention_onto_prefix(
+    side: LanguageSide, index: int, states: torch.Tensor, packed: PackedQuestions
+) -> torch.Tensor:
     """Attention `(S, heads, prefix)` of the [BOX] positions in one layer, from the states `(C, L, D)` that enter it:
     what the layer computes, for these positions alone."""
     model = side.language_model.model

@@ -4,10 +4,11 @@
     python -m modeling_sparrow.training.pretrain_tiny --recipe grow --start runs/start --output runs/grown
     python -m modeling_sparrow.training.pretrain_tiny --recipe longer --start runs/first --seed 1 --output runs/longer
 
-With `--start` training begins with the weights of a checkpoint; words that it does not know are new. With the seed of
-an earlier run in the same world it would see that run's clips again. Stages: image (segmenter, proposer, region
-features), video (memory), towers, text, visual, motion, polish. Each can be interrupted and goes on where it stopped;
-none needs `video`, which may run beside those after it.
+The last one can be repeated, from what it gave and with another seed. With `--start` training begins with the weights
+of a checkpoint; words that it does not know are new. With the seed of an earlier run in the same world it would see
+that run's clips again. Stages: image (segmenter, proposer, region features), video (memory), towers, text, visual,
+motion, polish. Each can be interrupted and goes on where it stopped; none needs `video`, which may run beside those
+after it.
 """
 
 import argparse
@@ -57,7 +58,7 @@ RECIPES = {
         "polish": (500, 8),
     },
     # the same world for longer: the image encoder stays
-    "longer": {"video": (1550, 4), "towers": (2400, 16), "visual": (2700, 6)},
+    "longer": {"video": (1550, 4), "towers": (2400, 16), "visual": (2400, 6)},
 }
 # rules of the choice among proposals and of tracking, and the values among which the validation split chooses
 RULES = {
