@@ -80,6 +80,9 @@ def test_the_validation_split_chooses_the_rules(small_start, tmp_path, monkeypat
 
     monkeypatch.setattr(pretrain_tiny, "evaluate_synthetic", pretend)
     folder = shutil.copytree(small_start, tmp_path / "model")
+    config = load_model(str(folder), "cpu")[0].config
+    config.mask_tracker_config.reprompt_threshold = None
+    config.save_pretrained(folder)
     pretrain_tiny.choose_rules(folder)
     config = load_model(str(folder), "cpu")[0].config
     rules = config.filtration_config
