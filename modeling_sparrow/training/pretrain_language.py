@@ -677,8 +677,8 @@ def evaluate_language(
     figures = {}
     for name, world in worlds.items():
         by_kind = _answer_on_first_frames(side, world, seed, with_video, clips)
-        hits = [hits for kind, hits in by_kind.items() if kind not in ("multi", "none", "denied")]
-        figures[f"val_{name}_right"] = np.mean(np.concatenate(hits))
+        single = [hits for kind, hits in by_kind.items() if kind not in ("multi", "none", "denied")]
+        figures[f"val_{name}_right"] = np.mean(np.concatenate(single))
         figures |= {f"val_{name}_{kind}": np.mean(hits) for kind, hits in sorted(by_kind.items()) if hits}
     return {name: float(value) for name, value in figures.items()}
 

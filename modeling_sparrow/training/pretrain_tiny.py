@@ -60,6 +60,8 @@ RECIPES = {
     # the same world for longer: the image encoder stays
     "longer": {"video": (1550, 4), "towers": (2400, 16), "visual": (2400, 6)},
 }
+# learning rate of the stage video: the better the memory is, the less it should be shaken
+VIDEO_RATES = {"scratch": 8e-4, "grow": 6e-4, "longer": 4e-4}
 # rules of the choice among proposals and of tracking, and the values among which the validation split chooses
 RULES = {
     "score_threshold": (0.5, 0.6, 0.7),
@@ -173,7 +175,7 @@ def train_stage(
     if stage == "image":
         train_image_stage(model, output, world, steps, clips, seed, from_scratch)
     elif stage == "video":
-        train_video_stage(model, output, world, steps, clips, seed, learning_rate=8e-4 if from_scratch else 4e-4)
+        train_video_stage(model, output, world, steps, clips, seed, learning_rate=VIDEO_RATES[recipe])
     elif stage == "towers":
         train_tower_stage(model, output, world, steps, clips, seed)
     else:
