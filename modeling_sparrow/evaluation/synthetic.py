@@ -16,7 +16,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from sparrow_processing.results import GroundingResult, mask_to_box
-from sparrow_processing.synthetic import SyntheticVideos
+from sparrow_processing.synthetic import SyntheticVideos, WorldConfig
 from sparrow_processing.video_io import open_video
 
 from .region_similarity import region_and_boundary
@@ -58,6 +58,7 @@ def evaluate_synthetic(
     batch_size: int = 8,
     max_new_tokens: int | None = None,
     crops: Callable[[dict[str, Any]], list[np.ndarray]] | None = None,
+    world: WorldConfig | None = None,
 ) -> dict[str, Any]:
     """Grounds one question in each clip of a split of the generated world and scores the masks.
 
@@ -72,6 +73,7 @@ def evaluate_synthetic(
         max_new_tokens: longest answer; default as the checkpoint says.
         crops: gives the crops `(h, w, 3)` uint8 of the tracked referent of a record, which the language model then
             sees as well (the paper's TSF at inference).
+        world: of the clips; default: the preset of the split.
 
     Returns:
         `j`, `f`, `box_miou`: means over clips of the mean over frames, of all predicted objects united against all
@@ -92,7 +94,7 @@ def evaluate_synthetic(
     if clips < 1 or batch_size < 1:
         raise ValueError(f"clips={clips}, batch_size={batch_size}: expected at least 1")
     # One record more than is asked, so that every clip has a neighbour for the controls.
-    videos = SyntheticVideos(split, size=clips + 1, seed=seed)
+    videos = SyntheticVideos(split, config=world, size=clips + 1, seed=seed)
     scores: list[ClipScores] = []
     seconds, frames = 0.0, 0
     with tqdm(total=clips, desc=f"{split} ({control})" if control != "none" else split, unit="clip") as bar:

@@ -62,7 +62,7 @@ STREAMS = {"text": 3, "visual": 4, "motion": 6, "polish": 8}
 MOVING_KINDS = ("motion", "speed", "event", "meeting", "multi", "none")
 
 # kinds that a model learns last, when it has learnt what moves
-LATE_KINDS = ("relation", "ordinal", "event", "meeting", "none")
+LATE_KINDS = ("relation", "ordinal", "event", "meeting")
 
 # kinds that ask how one thing looks, and by what
 LOOKS = {"class": ("noun",), "colour": ("colour",), "colour_class": ("noun", "colour")}
@@ -99,6 +99,7 @@ class LanguageSide(nn.Module):
 
     Args:
         attributes: whether the attribute embeddings of the pixel side are trained.
+        towers: whether the towers learn along.
     """
 
     def __init__(
@@ -107,8 +108,11 @@ class LanguageSide(nn.Module):
         processor: SparrowProcessor,
         pixel_side: PixelSide,
         attributes: bool = False,
+        towers: bool = False,
     ):
         super().__init__()
+        if towers:
+            self.spatial_tower, self.temporal_tower = model.model.host.spatial_tower, model.model.host.temporal_tower
         self.language_model = model.model.host.language_model
         self.adapters = nn.ModuleList([model.model.host.spatial_adapter, model.model.host.temporal_adapter])
         self.box_head, self.seg_head = model.model.box_head, model.model.seg_head
@@ -729,12 +733,14 @@ def train_language_stage(
     seed: int = 0,
     from_scratch: bool = True,
     pixel_heads: Path | None = None,
+    with_towers: bool = False,
 ):
     """Stages "text", "visual" and "motion": language model, token heads, filtration head; with video the adapters.
 
     Args:
         world_names: the steps take turns with these presets; the first one has all words.
         pixel_heads: weights of a stage "image", whose throw-away heads teach [SEG] what the decoder understands.
+        with_towers: whether the towers learn along.
     """
     with_video = stage != "text"
     seed += STREAMS[stage]
@@ -745,7 +751,7 @@ def train_language_stage(
         _load_pixel_heads(pixels, pixel_heads)
     model.requires_grad_(False)
     pixels.requires_grad_(False).eval()
-    side = LanguageSide(model, processor, pixels, attributes=pixel_heads is not None)
+    side = LanguageSide(model, processor, pixels, attributes=pixel_heads is not None, towers=with_towers)
     side.requires_grad_(True)
     side.adapters.requires_grad_(with_video)
     if stage == "visual" and from_scratch:
@@ -763,7 +769,7 @@ def train_language_stage(
             side=side,
             worlds=list(worlds.values()),
             clips=clips,
-            per_clip=8,
+            per_clip=12 if with_towers else 8,
             seed=seed,
             with_video=with_video,
             favoured=favoured,
@@ -772,7 +778,8 @@ def train_language_stage(
         ),
         output=output,
         steps=steps,
-        learning_rate=5e-4 if stage == "polish" else 1e-3,
+        learning_rate=5e-4 if stage == "polish" else 8e-4 if with_towers else 1e-3,
+        warmup=200 if with_towers else 50,  # throw-away heads that know nothing should not shake what does
         evaluate=functools.partial(evaluate_language, side, worlds, seed, with_video),
         evaluate_every=250,
     )

@@ -3,8 +3,9 @@
     python -m modeling_sparrow.training.pretrain_tiny --world shapes --output runs/shapes --checkpoint runs/start
     python -m modeling_sparrow.training.pretrain_tiny --recipe grow --start runs/start --output runs/grown
     python -m modeling_sparrow.training.pretrain_tiny --recipe longer --start runs/first --seed 1 --output runs/longer
+    python -m modeling_sparrow.training.pretrain_tiny --recipe answers --start runs/second --seed 2 --output runs/answers
 
-The last one can be repeated, from what it gave and with another seed. With `--start` training begins with the weights
+The last two can be repeated, from what they gave and with another seed. With `--start` training begins with the weights
 of a checkpoint; words that it does not know are new. With the seed of an earlier run in the same world it would see
 that run's clips again. Stages: image (segmenter, proposer, region features), video (memory), towers, text, visual,
 motion, polish. Each can be interrupted and goes on where it stopped; none needs `video`, which may run beside those
@@ -23,8 +24,9 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from sparrow_processing import SparrowProcessor
+from sparrow_processing.synthetic import PRESETS
 
-from ..configuration_sparrow import FiltrationHeadConfig, MaskTrackerConfig, SparrowConfig
+from ..configuration_sparrow import FiltrationHeadConfig, SparrowConfig
 from ..evaluation.files import read_json, write_json
 from ..evaluation.synthetic import evaluate_synthetic
 from ..modeling_sparrow import SparrowForVideoGrounding
@@ -59,15 +61,16 @@ RECIPES = {
     },
     # the same world for longer: the image encoder stays
     "longer": {"video": (1550, 4), "towers": (2400, 16), "visual": (2400, 6)},
+    # and the towers learn along with the answers
+    "answers": {"video": (2300, 4), "visual": (3300, 6)},
 }
 # learning rate of the stage video: the better the memory is, the less it should be shaken
-VIDEO_RATES = {"scratch": 8e-4, "grow": 6e-4, "longer": 4e-4}
-# rules of the choice among proposals and of tracking, and the values among which the validation split chooses
+VIDEO_RATES = {"scratch": 8e-4, "grow": 6e-4, "longer": 4e-4, "answers": 4e-4}
+# rules of the choice among proposals and of prompting, and the values among which held-out clips choose
 RULES = {
     "score_threshold": (0.5, 0.6, 0.7),
     "fallback_threshold": (0.2, 0.3, 0.4, 0.5),
     "num_prompt_frames": (1, 2, 4, 8),
-    "reprompt_threshold": (None, 0.2, 0.4),
 }
 NEEDED = {
     "image": [],
@@ -101,7 +104,7 @@ def new_model(seed: int, start: Path | None = None) -> tuple[SparrowForVideoGrou
 
 @torch.no_grad()
 def load_checkpoint(model: SparrowForVideoGrounding, tokenizer: PreTrainedTokenizerBase, start: Path):
-    """Put the weights of a checkpoint of the same sizes into the model; the row of a word goes where the word is now.
+    """Put the weights of a checkpoint of the same widths into the model; the row of a word goes where the word is now.
 
     Raises:
         ValueError: the checkpoint lacks a weight.
@@ -116,10 +119,40 @@ def load_checkpoint(model: SparrowForVideoGrounding, tokenizer: PreTrainedTokeni
     for table, old_table in zip(tables, old_tables, strict=True):
         table[new_rows] = old_table[old_rows]
     by_word = {name for name, value in model.named_parameters() if any(value is table for table in tables)}
-    weights = {name: value for name, value in earlier.state_dict().items() if name not in by_word}
-    wrong = set(model.load_state_dict(weights, strict=False).missing_keys) - by_word
+    places, added = _insert_layers(model, len(earlier.model.host.language_model.model.layers))
+    weights = {_at_place(name, places): value for name, value in earlier.state_dict().items() if name not in by_word}
+    missing = set(model.load_state_dict(weights, strict=False).missing_keys) - by_word
+    wrong = {name for name in missing if not name.startswith(added)}
     if wrong:
         raise ValueError(f"{start} lacks weights of sparrow-tiny, among them {sorted(wrong)[0]}.")
+
+
+LAYERS = "model.host.language_model.model.layers."
+
+
+def _insert_layers(model: SparrowForVideoGrounding, count: int) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Where the `count` layers of a shallower language model go: the first stays first, the others come last. What
+    lies between is new and adds nothing to its input at first, so that the model answers as before.
+
+    Returns the new prefix of each old layer, and the prefixes of the new layers.
+    """
+    layers = model.model.host.language_model.model.layers
+    extra = len(layers) - count
+    if extra < 0:
+        raise ValueError(f"The checkpoint has {count} language layers, sparrow-tiny {len(layers)}: it cannot shrink.")
+    for layer in layers[1 : 1 + extra]:
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+    places = {f"{LAYERS}{index}.": f"{LAYERS}{index + extra if index else 0}." for index in range(count)}
+    return places, tuple(f"{LAYERS}{index}." for index in range(1, 1 + extra))
+
+
+def _at_place(name: str, places: dict[str, str]) -> str:
+    """Name of a weight after its layer has moved."""
+    if not name.startswith(LAYERS):
+        return name
+    index, rest = name.removeprefix(LAYERS).split(".", 1)
+    return places[f"{LAYERS}{index}."] + rest
 
 
 def load_stage(model: SparrowForVideoGrounding, output: Path, stage: str):
@@ -180,7 +213,7 @@ def train_stage(
         train_tower_stage(model, output, world, steps, clips, seed)
     else:
         pixel_heads = output / "image.safetensors" if "image" in plan else None
-        worlds = [world, "hard", "easy"] if recipe == "longer" else [world]
+        worlds = [world, "hard", "easy"] if recipe in ("longer", "answers") else [world]
         train_language_stage(
             model,
             processor,
@@ -192,6 +225,7 @@ def train_stage(
             seed,
             from_scratch=from_scratch,
             pixel_heads=pixel_heads,
+            with_towers=recipe == "answers",
         )
     logger.info("%s: %d steps in %.0f s", stage, steps, time.time() - began)
 
@@ -218,8 +252,9 @@ def assemble(
     write_json(checkpoint / "training.json", record)
 
 
-def choose_rules(checkpoint: Path, clips: int = 130):
-    """Set the rules of a checkpoint to what gives the best J&F on the validation split, one after another."""
+def choose_rules(checkpoint: Path, clips: int = 64):
+    """Set the rules of a checkpoint to what gives the best J&F, one after another: the mean of `clips` easy and as
+    many hard clips of the validation split."""
     model = SparrowForVideoGrounding.from_pretrained(checkpoint).eval()
     processor = SparrowProcessor.from_pretrained(checkpoint)
     known: dict[tuple, float] = {}
@@ -227,7 +262,11 @@ def choose_rules(checkpoint: Path, clips: int = 130):
     def score() -> float:
         setting = tuple(getattr(_owner(model.config, name), name) for name in RULES)
         if setting not in known:
-            known[setting] = evaluate_synthetic(model, processor, "validation", clips, seed=1)["j_and_f"]
+            runs = [
+                evaluate_synthetic(model, processor, "validation", clips, seed=1, world=PRESETS[world])
+                for world in ("easy", "hard")
+            ]
+            known[setting] = sum(run["j_and_f"] for run in runs) / len(runs)
         return round(known[setting], 4)
 
     figures: dict[str, dict] = {}
@@ -244,9 +283,9 @@ def choose_rules(checkpoint: Path, clips: int = 130):
     write_json(history, read_json(history) | {"validation_j_and_f": figures})
 
 
-def _owner(config: SparrowConfig, rule: str) -> SparrowConfig | FiltrationHeadConfig | MaskTrackerConfig:
+def _owner(config: SparrowConfig, rule: str) -> SparrowConfig | FiltrationHeadConfig:
     """The configuration that has a rule."""
-    parts = (config, config.filtration_config, config.mask_tracker_config)
+    parts = (config, config.filtration_config)
     return next(part for part in parts if hasattr(part, rule))
 
 
@@ -276,7 +315,7 @@ def main():
     parser.add_argument("--stages", nargs="*", choices=[*NEEDED, "assemble", "rules"], help="default: all")
     parser.add_argument("--world", choices=("shapes", "train"), default="train", help="preset of the clips")
     parser.add_argument("--recipe", choices=RECIPES, default="scratch", help="which stages, and for how long")
-    parser.add_argument("--start", type=Path, help="checkpoint that the recipes grow and longer begin with")
+    parser.add_argument("--start", type=Path, help="checkpoint that a recipe other than scratch begins with")
     parser.add_argument("--steps-scale", type=float, default=1.0, help="multiplies the steps of every stage")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
@@ -285,7 +324,7 @@ def main():
     torch.set_num_threads(options.threads)
     plan = RECIPES[options.recipe]
     if (options.recipe == "scratch") != (options.start is None):
-        parser.error("--start goes with --recipe grow and longer, and these need it")
+        parser.error("--start goes with every recipe but scratch, and these need it")
     if unknown := [stage for stage in options.stages or () if stage in NEEDED and stage not in plan]:
         parser.error(f"recipe {options.recipe} has no stage {unknown[0]}: its stages are {', '.join(plan)}")
     for stage in options.stages or [*plan, "assemble", "rules"]:

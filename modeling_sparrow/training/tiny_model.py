@@ -84,7 +84,7 @@ def tiny_config(vocab_size: int = 256, **special_token_ids: int) -> SparrowConfi
             "vocab_size": vocab_size,
             "hidden_size": 192,
             "intermediate_size": 512,
-            "num_hidden_layers": 4,
+            "num_hidden_layers": 6,
             "num_attention_heads": 4,
             "num_key_value_heads": 4,
             "max_position_embeddings": 2048,
