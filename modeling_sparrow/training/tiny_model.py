@@ -8,7 +8,7 @@ from torch import nn
 from ..configuration_sparrow import SparrowConfig
 
 TOWER_SIZE = 128  # what the language model sees, pixels
-SEGMENTER_SIZE = 192  # finer: masks are decoded at a quarter of this
+SEGMENTER_SIZE = 256  # finer: masks are decoded at a quarter of this
 
 
 def sam2_settings(image_size: int = SEGMENTER_SIZE, hidden_size: int = 128) -> dict:
