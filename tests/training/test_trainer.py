@@ -1,8 +1,10 @@
 """`SparrowTrainer`: normalisation, what is frozen, precision, checkpointing of activations, checkpoints."""
 
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,6 +52,13 @@ def test_micro_batches_add_up_to_the_batch(stage, checkpoint, tmp_path):
         assert logged(tmp_path / "split", name) == pytest.approx(logged(tmp_path / "whole", name), rel=1e-4)
 
 
+def run_two_processes(module: str, settings: Path, **environment: str):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", module]
+    command = [*launch, "train", str(settings)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=500, env=os.environ | environment)
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
 @pytest.mark.parametrize("stage", ["target_injection"])
 def test_two_processes_do_what_one_does(stage, checkpoint, tmp_path):
     """gloo on CPU, against one process with the same global batch: every loss and the gradient."""
@@ -58,12 +67,42 @@ def test_two_processes_do_what_one_does(stage, checkpoint, tmp_path):
     two = toy_content(
         stage, checkpoint, tmp_path / "two", optimization={"steps": 2, "batch_size": 2}, **options_of(stage)
     )
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "modeling_sparrow.cli"]
-    command = [sys.executable, *launch, "train", str(write_yaml(tmp_path / "two.yaml", two))]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=500, env=os.environ)
-    assert run.returncode == 0, run.stderr[-3000:]
+    run_two_processes("modeling_sparrow.cli", write_yaml(tmp_path / "two.yaml", two))
     for name in ("loss", "ce_loss", "mask_bce_loss", "mask_dice_loss", "grad_norm"):
         assert logged(tmp_path / "two", name) == pytest.approx(logged(tmp_path / "one", name), rel=1e-4)
+
+
+def test_sharded_over_two_processes(checkpoint, tmp_path):
+    """FSDP on CPU: the losses of one process, and the weights of an uninterrupted run after a resumed one."""
+    stage = "target_injection"
+    one = {"steps": 4, "batch_size": 4}
+    train_stage(toy_stage(stage, checkpoint, tmp_path / "one", optimization=one, **options_of(stage)))
+    two = toy_content(
+        stage, checkpoint, tmp_path / "two", optimization={"steps": 4, "batch_size": 2}, **options_of(stage)
+    )
+    settings = write_yaml(tmp_path / "two.yaml", two)
+    fsdp = {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
+        "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    }
+    run_two_processes("tests.training.fsdp_on_cpu", settings, **fsdp)
+    for name in ("loss", "grad_norm"):
+        figures = logged(tmp_path / "two", name), logged(tmp_path / "one", name)
+        assert figures[0][:2] == pytest.approx(figures[1][:2], rel=1e-4)  # before weights have changed
+        assert figures[0] == pytest.approx(figures[1], rel=1e-2)
+    final = tmp_path / "two" / "final"
+    uninterrupted = load_file(final / "adapter_model.safetensors")
+    assert all(value.isfinite().all() for value in uninterrupted.values())
+    shutil.rmtree(final)
+    shutil.rmtree(tmp_path / "two" / "checkpoint-4")
+    run_two_processes("tests.training.fsdp_on_cpu", settings, **fsdp)
+    resumed = load_file(final / "adapter_model.safetensors")
+    assert resumed.keys() == uninterrupted.keys()
+    for name, value in uninterrupted.items():
+        torch.testing.assert_close(resumed[name], value, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
