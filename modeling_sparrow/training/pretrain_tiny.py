@@ -3,13 +3,13 @@
     python -m modeling_sparrow.training.pretrain_tiny --world shapes --output runs/shapes --checkpoint runs/start
     python -m modeling_sparrow.training.pretrain_tiny --recipe grow --start runs/start --output runs/grown
     python -m modeling_sparrow.training.pretrain_tiny --recipe longer --start runs/first --seed 1 --output runs/longer
-    python -m modeling_sparrow.training.pretrain_tiny --recipe answers --start runs/second --seed 2 --output runs/answers
+    python -m modeling_sparrow.training.pretrain_tiny --recipe answers --start runs/second --seed 2 --output runs/next
 
-The last two can be repeated, from what they gave and with another seed. With `--start` training begins with the weights
-of a checkpoint; words that it does not know are new. With the seed of an earlier run in the same world it would see
-that run's clips again. Stages: image (segmenter, proposer, region features), video (memory), towers, text, visual,
-motion, polish. Each can be interrupted and goes on where it stopped; none needs `video`, which may run beside those
-after it.
+The last two can be repeated, from what they gave and with another seed. With `--start` training begins with the
+weights of a checkpoint; words that it does not know are new. With the seed of an earlier run in the same world it
+would see that run's clips again. Stages: image (segmenter, proposer, region features), video (memory), towers, text,
+visual, motion, polish. Each can be interrupted and goes on where it stopped; none needs `video`, which may run beside
+those after it.
 """
 
 import argparse
