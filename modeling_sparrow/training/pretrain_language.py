@@ -4,14 +4,10 @@ Stage "text": no visual tokens, the question alone has to pick the region by its
 "motion": with them, and with attention led to the tokens of the target and of what the question refers to, which is
 what makes questions about motion and relations learnable. What is not there is denied in words. The second is a second
 pass over new clips; "polish" is a third, slower, with all kinds of questions alike.
-
-Several questions about a clip are packed into one sequence: each sees the clip and itself, and counts its positions
-from the end of the clip, so the result equals one row per question.
 """
 
 import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,14 +18,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from sparrow_processing import SparrowProcessor
-from sparrow_processing.synthetic import (
-    PRESETS,
-    Expression,
-    SyntheticClip,
-    WorldConfig,
-    all_expressions,
-    sample_expressions,
-)
+from sparrow_processing.synthetic import PRESETS, SyntheticClip, WorldConfig
 
 from ..box_ops import pairwise_iou, xyxy_to_cxcywh
 from ..filtration_head import FiltrationOutput, apply_box_offsets
@@ -40,6 +29,16 @@ from ..modeling_sparrow import SparrowForVideoGrounding
 from ..region_proposer import RegionProposals
 from .loop import run_stage
 from .object_facts import EVENT_NAMES, MOST_RANKS, RANK_NAMES, ObjectFacts, object_facts
+from .packed_questions import (
+    WELL_SEEN,
+    PackedQuestions,
+    Question,
+    answer_ids,
+    draw_questions,
+    is_askable,
+    pack_questions,
+    shared_ids,
+)
 from .pretrain_segmenter import JITTER, PixelSide, batch_clips, encode_frozen
 from .pretrain_towers import (
     DIRECTIONS,
@@ -54,13 +53,10 @@ from .pretrain_towers import (
     temporal_input,
     tubelet_owners,
 )
-from .tiny_tokenizer import ANSWER, NO_TARGET_ANSWER
+from .tiny_tokenizer import NO_TARGET_ANSWER
 
 # Added to the seed of a run, so that no stage sees the clips of another.
 STREAMS = {"text": 3, "visual": 4, "motion": 6, "polish": 8}
-# kinds that (also) ask what no single frame answers
-MOVING_KINDS = ("motion", "speed", "event", "meeting", "multi", "none")
-
 # kinds that a model learns last, when it has learnt what moves
 LATE_KINDS = ("relation", "ordinal", "event", "meeting")
 
@@ -80,18 +76,6 @@ PATCH_WEIGHT = {
     "partner": 0.3,
     "ranks": 0.3,
 }
-
-WELL_SEEN = 0.3  # visible share of an object that a frame can be asked about
-
-
-@dataclass
-class Question:
-    """One question about clip number `clip` of a batch, with the objects it means: one, several, or none."""
-
-    clip: int
-    expression: Expression
-    targets: tuple[int, ...]
-    ids: list[int]  # without the part that all questions about a clip share
 
 
 class LanguageSide(nn.Module):
@@ -140,53 +124,6 @@ class LanguageSide(nn.Module):
         return self.frozen["processor"]
 
 
-def shared_ids(side: LanguageSide, num_frames: int) -> list[int]:
-    """Ids before the words of a question: the user's turn, and the clip if there is one."""
-    ids = side.processor.prompt_ids("x", "ask", num_frames)
-    return ids[: ids.index(side.processor.tokenizer.convert_tokens_to_ids("x"))]
-
-
-def is_askable(clip: SyntheticClip, item: Expression, frame: int, with_video: bool) -> bool:
-    """Whether a question can be answered by the regions of one frame: each target is either well seen there or not
-    there at all."""
-    if not with_video and item.kind in MOVING_KINDS:
-        return False
-    seen = clip.visibility[list(item.target_ids)]
-    return bool(((seen[:, frame] > WELL_SEEN) | (seen[:, frame] == 0)).all())
-
-
-def draw_questions(
-    side: LanguageSide,
-    clips: list[SyntheticClip],
-    count: int,
-    rng: np.random.Generator,
-    is_allowed: Callable[[SyntheticClip, Expression], bool],
-    favoured: tuple[str, ...] = (),
-) -> list[Question]:
-    """Up to `count` allowed questions per clip, kinds balanced, or half of them of the favoured kinds."""
-    answer = answer_ids(side.processor, ANSWER)
-    prefix = len(shared_ids(side, 0))
-    questions = []
-    for number, clip in enumerate(clips):
-        possible = [item for item in all_expressions(clip, rng) if is_allowed(clip, item)]
-        drawn = sample_expressions([item for item in possible if item.kind in favoured], count // 2, rng)
-        drawn += sample_expressions([item for item in possible if item.kind not in favoured], count - len(drawn), rng)
-        for item in drawn:
-            ids = _prompt_ids(side.processor, item.text)[prefix:] + answer
-            questions.append(Question(number, item, item.target_ids, ids))
-    return questions
-
-
-@functools.lru_cache(maxsize=8)
-def answer_ids(processor: SparrowProcessor, answer: str) -> list[int]:
-    return processor.tokenizer.encode(answer + " <|end|>", add_special_tokens=False)
-
-
-@functools.lru_cache(maxsize=100_000)
-def _prompt_ids(processor: SparrowProcessor, text: str) -> list[int]:
-    return processor.prompt_ids(text, "refer")
-
-
 @dataclass
 class LanguageStates:
     """What the language model makes of `S` packed questions.
@@ -213,78 +150,12 @@ class LanguageStates:
     anchor_attention: torch.Tensor | None = None
 
 
-@dataclass
-class PackedQuestions:
-    """Questions about `C` clips in rows of `L` tokens.
-
-    Args:
-        ids, positions: `(C, L)`.
-        labels: `(C, L)` of the answers, -100 elsewhere; what has no target is denied in the first word, and a second
-            time, on its own, in all words.
-        mask: `(C, 1, L, L)` float, what each token sees.
-        prefix: tokens that all questions about a clip share.
-        order: the questions, clip by clip.
-        first, box, seg: clip and column of the token that predicts the first word, [BOX], [SEG] of each question.
-    """
-
-    ids: torch.Tensor
-    positions: torch.Tensor
-    labels: torch.Tensor
-    mask: torch.Tensor
-    prefix: int
-    order: list[Question]
-    first: list[tuple[int, int]]
-    box: list[tuple[int, int]]
-    seg: list[tuple[int, int]]
-
-
-def pack_questions(side: LanguageSide, prefix: list[int], clips: int, questions: list[Question]) -> PackedQuestions:
-    """Pack the questions about each clip behind the `prefix` into one row."""
-    processor, config = side.processor, side.model.config
-    answer, denial = (answer_ids(processor, text) for text in (ANSWER, NO_TARGET_ANSWER))
-    rows: list[list[tuple[list[int], list[int], Question | None]]] = [[] for _ in range(clips)]
-    for question in questions:
-        words = question.ids[: -len(answer)]
-        ignored = [-100] * len(words)
-        if question.targets:
-            rows[question.clip].append((question.ids, ignored + answer, question))
-        else:
-            rows[question.clip].append((question.ids, ignored + denial[:1] + [-100] * (len(answer) - 1), question))
-            rows[question.clip].append((words + denial, ignored + denial, None))
-    length = len(prefix) + max(sum(len(ids) for ids, _, _ in row) for row in rows)
-    ids = torch.full((clips, length), processor.tokenizer.pad_token_id)
-    labels = torch.full((clips, length), -100)
-    positions = torch.zeros(clips, length, dtype=torch.int64)
-    segment = torch.full((clips, length), -1)  # 0 prefix, 1, 2, … questions, -1 padding
-    ids[:, : len(prefix)], positions[:, : len(prefix)] = torch.tensor(prefix), torch.arange(len(prefix))
-    segment[:, : len(prefix)] = 0
-    order, first, box, seg = [], [], [], []
-    for number, row in enumerate(rows):
-        at = len(prefix)
-        for index, (own, wanted, question) in enumerate(row, start=1):
-            part = slice(at, at + len(own))
-            ids[number, part], labels[number, part] = torch.tensor(own), torch.tensor(wanted)
-            positions[number, part] = torch.arange(len(prefix), len(prefix) + len(own))
-            segment[number, part] = index
-            if question is not None:
-                order.append(question)
-                first.append((number, part.stop - len(answer) - 1))
-                box.append((number, at + own.index(config.box_token_id) - 1))
-                seg.append((number, at + own.index(config.seg_token_id) - 1))
-            at = part.stop
-    same = (segment[:, :, None] == segment[:, None]) | (segment[:, None] == 0)
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
-    visible = (same & causal) | torch.eye(length, dtype=torch.bool)
-    mask = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.bfloat16).min)[:, None]
-    return PackedQuestions(ids, positions, labels, mask, len(prefix), order, first, box, seg)
-
-
 def language_states(
     side: LanguageSide, clips: list[SyntheticClip], questions: list[Question], with_video: bool
 ) -> LanguageStates:
     """Run the language model over the packed questions, which are put in the order of the states."""
-    prefix = shared_ids(side, len(clips[0].frames) if with_video else 0)
-    packed = pack_questions(side, prefix, len(clips), questions)
+    prefix = shared_ids(side.processor, len(clips[0].frames) if with_video else 0)
+    packed = pack_questions(side.processor, side.model.config, prefix, len(clips), questions)
     questions[:] = packed.order
     with torch.autocast("cpu", torch.bfloat16, enabled=side.training):
         output = side.language_model(
@@ -492,7 +363,7 @@ def language_step(
     frame = 0 if rng.random() < 0.65 else int(rng.choice(side.model.candidate_frames(world.num_frames)))
     boxes = true_boxes(batch, frame)
     is_allowed = functools.partial(is_askable, frame=frame, with_video=with_video)
-    questions = draw_questions(side, batch, per_clip, rng, is_allowed, favoured)
+    questions = draw_questions(side.processor, batch, per_clip, rng, is_allowed, favoured)
     states = language_states(side, watched, questions, with_video)
     clip_of = [q.clip for q in questions]
     seen = visible_targets(questions, batch, frame)
@@ -696,7 +567,7 @@ def _answer_on_first_frames(
     right: dict[str, list[bool]] = {"multi": [], "none": [], "denied": []}
     for start in range(0, clips, 16):
         batch = batch_clips(start // 16, 16, seed + 5, world, split="validation")
-        questions = draw_questions(side, batch, 6, rng, lambda clip, item: True)
+        questions = draw_questions(side.processor, batch, 6, rng, lambda clip, item: True)
         questions = [q for q in questions if len(visible_targets([q], batch, 0)[0]) == len(q.targets)]
         watched = [as_seen(clip, side.model.config.num_frames) for clip in batch]
         states = language_states(side, watched, questions, with_video)

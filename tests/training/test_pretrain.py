@@ -16,6 +16,7 @@ from modeling_sparrow.region_proposer import RegionProposals
 from modeling_sparrow.registration import DEFAULT_CHECKPOINT
 from modeling_sparrow.training import (
     learning_curve,
+    packed_questions,
     pretrain_language,
     pretrain_segmenter,
     pretrain_tiny,
@@ -238,8 +239,8 @@ def test_a_target_without_a_proposal_teaches_no_rank(side):
 
 def test_questions_with_one_several_and_no_targets_are_asked(side):
     clips = pretrain_segmenter.batch_clips(0, 6, 0, PRESETS["train"])
-    questions = pretrain_language.draw_questions(
-        side, clips, 12, np.random.default_rng(0), lambda clip, item: item.kind != "event"
+    questions = packed_questions.draw_questions(
+        side.processor, clips, 12, np.random.default_rng(0), lambda clip, item: item.kind != "event"
     )
     assert {len(question.targets) for question in questions} >= {0, 1, 2}
     assert "event" not in {question.expression.kind for question in questions}
@@ -251,7 +252,7 @@ def test_a_question_waits_for_a_frame_that_answers_it():
     clip.visibility[0] = [0.0, 0.2, *[1.0] * 6]  # enters late
 
     def is_askable(kind, target_ids, frame, with_video=True):
-        return pretrain_language.is_askable(clip, Expression("", target_ids, kind, 3), frame, with_video)
+        return packed_questions.is_askable(clip, Expression("", target_ids, kind, 3), frame, with_video)
 
     assert is_askable("class", (0,), 0) and not is_askable("class", (0,), 1) and is_askable("class", (0,), 2)
     assert is_askable("motion", (0,), 2) and is_askable("motion", (1,), 2) and not is_askable("multi", (0, 1), 1)
@@ -301,9 +302,11 @@ def test_what_is_asked_of_visual_tokens_is_what_expressions_say():
 
 def test_what_is_not_there_is_denied_in_the_first_word_and_in_all(side):
     clips = pretrain_segmenter.batch_clips(0, 4, 0, PRESETS["train"])
-    questions = pretrain_language.draw_questions(side, clips, 12, np.random.default_rng(0), lambda clip, item: True)
-    prefix = pretrain_language.shared_ids(side, 0)
-    packed = pretrain_language.pack_questions(side, prefix, len(clips), questions)
+    questions = packed_questions.draw_questions(
+        side.processor, clips, 12, np.random.default_rng(0), lambda clip, item: True
+    )
+    prefix = packed_questions.shared_ids(side.processor, 0)
+    packed = packed_questions.pack_questions(side.processor, side.model.config, prefix, len(clips), questions)
     tokenizer = side.processor.tokenizer
     said = {True: set(), False: set()}
     for question, (row, column) in zip(packed.order, packed.first, strict=True):
@@ -317,9 +320,11 @@ def test_what_is_not_there_is_denied_in_the_first_word_and_in_all(side):
 
 def test_supervised_attention_is_that_of_the_layer(side):
     clips = pretrain_segmenter.batch_clips(0, 2, 0, PRESETS["train"])
-    questions = pretrain_language.draw_questions(side, clips, 3, np.random.default_rng(0), lambda clip, item: True)
-    prefix = pretrain_language.shared_ids(side, 8)
-    packed = pretrain_language.pack_questions(side, prefix, len(clips), questions)
+    questions = packed_questions.draw_questions(
+        side.processor, clips, 3, np.random.default_rng(0), lambda clip, item: True
+    )
+    prefix = packed_questions.shared_ids(side.processor, 8)
+    packed = packed_questions.pack_questions(side.processor, side.model.config, prefix, len(clips), questions)
     model = side.language_model
     with torch.no_grad():
         model.set_attn_implementation("eager")
@@ -349,7 +354,7 @@ def test_a_look_is_absent_from_clips_that_show_nothing_alike(side, monkeypatch):
     def loss(noun_of, level):
         logits = torch.full((1, 2, 3), level)
         monkeypatch.setattr(side.filtration_head, "score", lambda tokens, *features: (logits, None))
-        question = pretrain_language.Question(0, Expression("", (noun_of,), "class", 3), (noun_of,), [])
+        question = packed_questions.Question(0, Expression("", (noun_of,), "class", 3), (noun_of,), [])
         return float(pretrain_language.absence_loss(side, torch.ones(1, 4), [question], clips, proposals, features))
 
     assert loss(0, 9.0) > 9 and loss(0, -9.0) < 1e-3  # no ring in the other clip
