@@ -62,7 +62,7 @@ RECIPES = {
     # the same world for longer: the image encoder stays
     "longer": {"video": (1550, 4), "towers": (2400, 16), "visual": (2400, 6)},
     # and the towers learn along with the answers
-    "answers": {"video": (1000, 4), "visual": (2800, 6)},
+    "answers": {"video": (900, 4), "visual": (2500, 6)},
 }
 # learning rate of the stage video: the better the memory is, the less it should be shaken
 VIDEO_RATES = {"scratch": 8e-4, "grow": 6e-4, "longer": 4e-4, "answers": 4e-4}
