@@ -16,6 +16,8 @@ import numpy as np
 
 from ..evaluation.files import read_json
 
+FEWEST_POINTS = 3  # with an error above 0, that a power law is fitted to
+
 
 def fit_power_law(steps: list[int], errors: list[float]) -> tuple[float, float]:
     """`(a, b)` of `error = a * steps^b`, least squares of the logarithms over points with an error above 0.
@@ -24,7 +26,7 @@ def fit_power_law(steps: list[int], errors: list[float]) -> tuple[float, float]:
         ValueError: fewer than three such points.
     """
     points = [(math.log(step), math.log(error)) for step, error in zip(steps, errors, strict=True) if error > 0]
-    if len(points) < 3:
+    if len(points) < FEWEST_POINTS:
         raise ValueError(f"a power law needs three points with an error above 0, got {len(points)}")
     x, y = np.array(points).T
     slope, intercept = np.polyfit(x, y, 1)
@@ -43,7 +45,8 @@ def curve_table(stage: dict, aims: dict[str, float], columns: int = 7) -> str:
     Args:
         stage: of `training.json`: `steps`, `seconds`, `curve`.
         aims: by figure (`val_…`, in [0, 1], higher is better) the value it should reach.
-        columns: measurements shown, spread over all; the fit uses all of them.
+        columns: measurements shown, spread over all; the fit uses all of them, and is left out where fewer than three
+            have an error.
 
     Raises:
         ValueError: the stage did not measure a figure.
@@ -57,12 +60,17 @@ def curve_table(stage: dict, aims: dict[str, float], columns: int = 7) -> str:
         if not measured:
             known = ", ".join(key for key in curve[-1] if key != "step")
             raise ValueError(f"the stage did not measure {name!r}; it has {known}")
-        law = fit_power_law([record["step"] for record in measured], [1 - record[name] for record in measured])
-        needed = steps_to_reach(1 - aim, law)
-        hours = needed * stage["seconds"] / stage["steps"] / 3600
         values = [f"{100 * record[name]:.0f} %" if name in record else "" for record in shown]
-        effort = [f"{needed:,.0f}", f"{hours:,.1f}"] if math.isfinite(needed) else ["never", "–"]
-        lines.append([name.removeprefix("val_"), *values, f"{100 * aim:.0f} %", f"steps^{law[1]:.2f}", *effort])
+        steps, errors = [record["step"] for record in measured], [1 - record[name] for record in measured]
+        if sum(error > 0 for error in errors) < FEWEST_POINTS:
+            effort = ["–"] * 3
+        else:
+            law = fit_power_law(steps, errors)
+            needed = steps_to_reach(1 - aim, law)
+            hours = needed * stage["seconds"] / stage["steps"] / 3600
+            effort = [f"{needed:,.0f}", f"{hours:,.1f}"] if math.isfinite(needed) else ["never", "–"]
+            effort = [f"steps^{law[1]:.2f}", *effort]
+        lines.append([name.removeprefix("val_"), *values, f"{100 * aim:.0f} %", *effort])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

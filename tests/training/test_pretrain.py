@@ -174,6 +174,9 @@ def test_learning_curve(tmp_path):
     assert rows[2] == ["| right", "90 %", "96 %", "98 %", "steps^-0.50", "2,500", "3.1 |"]
     worse = [{"step": step, "val_right": 0.5 - step / 1e4} for step in steps]
     assert "never" in learning_curve.curve_table(stage | {"curve": worse}, {"val_right": 0.98})
+    without_errors = [{"step": step, "val_right": 1.0 if step > 200 else 0.9} for step in steps]
+    table = learning_curve.curve_table(stage | {"curve": without_errors}, {"val_right": 0.98}, 2)
+    assert table.endswith("| right | 90 % | 100 % | 98 % | – | – | – |\n")
     with pytest.raises(ValueError, match="did not measure 'val_wrong'; it has val_right"):
         learning_curve.curve_table(stage, {"val_wrong": 1.0})
     with pytest.raises(ValueError, match="three points"):
