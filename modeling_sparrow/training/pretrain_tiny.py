@@ -278,7 +278,10 @@ def choose_rules(checkpoint: Path, clips: int = 64):
         best = max(figures[name], key=figures[name].get)
         setattr(_owner(model.config, name), name, best)
         logger.info("%s: %s of %s", name, best, figures[name])
-    model.config.save_pretrained(checkpoint)
+    config = SparrowConfig.from_pretrained(checkpoint)  # without what loading the weights has added
+    for name in RULES:
+        setattr(_owner(config, name), name, getattr(_owner(model.config, name), name))
+    config.save_pretrained(checkpoint)
     history = checkpoint / "training.json"
     write_json(history, read_json(history) | {"validation_j_and_f": figures})
 

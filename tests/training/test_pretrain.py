@@ -87,6 +87,8 @@ def test_held_out_clips_choose_the_rules(small_start, tmp_path, monkeypatch):
     config = load_model(str(folder), "cpu")[0].config
     rules = config.filtration_config
     assert (rules.score_threshold, rules.fallback_threshold, config.num_prompt_frames) == (0.6, 0.5, 2)
+    before, after = ((path / "config.json").read_text().splitlines() for path in (small_start, folder))
+    assert len(before) == len(after)  # nothing else is written
     figures = json.loads((folder / "training.json").read_text())["validation_j_and_f"]
     assert figures["num_prompt_frames"] == {"1": 0.84, "2": 0.85, "4": 0.83, "8": 0.79}
     assert figures["fallback_threshold"] == {"0.2": 0.68, "0.3": 0.73, "0.4": 0.78, "0.5": 0.83}
