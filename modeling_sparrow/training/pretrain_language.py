@@ -632,6 +632,7 @@ def train_language_stage(
     favoured: tuple[str, ...] = ()
     if stage in ("visual", "motion"):  # what is learnt last is asked most
         favoured = ("motion",) if from_scratch else LATE_KINDS
+    rate = 8e-4 if with_towers else 1e-3
     run_stage(
         stage,
         side,
@@ -649,7 +650,7 @@ def train_language_stage(
         ),
         output=output,
         steps=steps,
-        learning_rate=5e-4 if stage == "polish" else 8e-4 if with_towers else 1e-3,
+        learning_rate=5e-4 if stage == "polish" else rate,
         warmup=200 if with_towers else 50,  # throw-away heads that know nothing should not shake what does
         evaluate=functools.partial(evaluate_language, side, worlds, seed, with_video),
         evaluate_every=250,

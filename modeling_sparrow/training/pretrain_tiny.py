@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from sparrow_processing import SparrowProcessor
@@ -107,7 +108,7 @@ def load_checkpoint(model: SparrowForVideoGrounding, tokenizer: PreTrainedTokeni
     """Put the weights of a checkpoint of the same widths into the model; the row of a word goes where the word is now.
 
     Raises:
-        ValueError: the checkpoint lacks a weight.
+        ValueError: the checkpoint lacks a weight, or has more language layers.
         RuntimeError: it has one in another shape.
     """
     earlier = SparrowForVideoGrounding.from_pretrained(start)
@@ -119,40 +120,30 @@ def load_checkpoint(model: SparrowForVideoGrounding, tokenizer: PreTrainedTokeni
     for table, old_table in zip(tables, old_tables, strict=True):
         table[new_rows] = old_table[old_rows]
     by_word = {name for name, value in model.named_parameters() if any(value is table for table in tables)}
-    places, added = _insert_layers(model, len(earlier.model.host.language_model.model.layers))
-    weights = {_at_place(name, places): value for name, value in earlier.state_dict().items() if name not in by_word}
-    missing = set(model.load_state_dict(weights, strict=False).missing_keys) - by_word
-    wrong = {name for name in missing if not name.startswith(added)}
+    _insert_layers(earlier, model)
+    weights = {name: value for name, value in earlier.state_dict().items() if name not in by_word}
+    wrong = set(model.load_state_dict(weights, strict=False).missing_keys) - by_word
     if wrong:
         raise ValueError(f"{start} lacks weights of sparrow-tiny, among them {sorted(wrong)[0]}.")
 
 
-LAYERS = "model.host.language_model.model.layers."
+def _insert_layers(earlier: SparrowForVideoGrounding, model: SparrowForVideoGrounding):
+    """Give the language model of `earlier` the layers that `model` has more, behind its first one. They add nothing to
+    their input at first, so that it answers as before.
 
-
-def _insert_layers(model: SparrowForVideoGrounding, count: int) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Where the `count` layers of a shallower language model go: the first stays first, the others come last. What
-    lies between is new and adds nothing to its input at first, so that the model answers as before.
-
-    Returns the new prefix of each old layer, and the prefixes of the new layers.
+    Raises:
+        ValueError: `model` has fewer.
     """
-    layers = model.model.host.language_model.model.layers
-    extra = len(layers) - count
+    language_model = earlier.model.host.language_model.model
+    old, new = language_model.layers, model.model.host.language_model.model.layers
+    extra = len(new) - len(old)
     if extra < 0:
-        raise ValueError(f"The checkpoint has {count} language layers, sparrow-tiny {len(layers)}: it cannot shrink.")
-    for layer in layers[1 : 1 + extra]:
+        raise ValueError(f"The checkpoint has {len(old)} language layers, sparrow-tiny {len(new)}: it cannot shrink.")
+    inserted = new[1 : 1 + extra]
+    for layer in inserted:
         layer.self_attn.o_proj.weight.zero_()
         layer.mlp.down_proj.weight.zero_()
-    places = {f"{LAYERS}{index}.": f"{LAYERS}{index + extra if index else 0}." for index in range(count)}
-    return places, tuple(f"{LAYERS}{index}." for index in range(1, 1 + extra))
-
-
-def _at_place(name: str, places: dict[str, str]) -> str:
-    """Name of a weight after its layer has moved."""
-    if not name.startswith(LAYERS):
-        return name
-    index, rest = name.removeprefix(LAYERS).split(".", 1)
-    return places[f"{LAYERS}{index}."] + rest
+    language_model.layers = nn.ModuleList([old[0], *inserted, *old[1:]])
 
 
 def load_stage(model: SparrowForVideoGrounding, output: Path, stage: str):
