@@ -1,15 +1,15 @@
 """Train sparrow-tiny on generated videos, stage by stage: first in a world of shapes, then in the whole one.
 
-    python -m modeling_sparrow.training.pretrain_tiny --world shapes --output runs/shapes --checkpoint runs/start
-    python -m modeling_sparrow.training.pretrain_tiny --recipe grow --start runs/start --output runs/grown
-    python -m modeling_sparrow.training.pretrain_tiny --recipe longer --start runs/first --seed 1 --output runs/longer
-    python -m modeling_sparrow.training.pretrain_tiny --recipe answers --start runs/second --seed 2 --output runs/next
+    python -m modeling_sparrow.training.pretrain_tiny --output runs/tiny --checkpoint runs/final
 
-The last two can be repeated, from what they gave and with another seed. With `--start` training begins with the
-weights of a checkpoint; words that it does not know are new. With the seed of an earlier run in the same world it
-would see that run's clips again. Stages: image (segmenter, proposer, region features), video (memory), towers, text,
-visual, motion, polish. Each can be interrupted and goes on where it stopped; none needs `video`, which may run beside
-those after it.
+does all runs that the shipped checkpoint comes from, one after another. One of them, or one more:
+
+    python -m modeling_sparrow.training.pretrain_tiny --recipe anchors --start runs/final --seed 5 --output runs/more
+
+With `--start` training begins with the weights of a checkpoint; words that it does not know are new. With the seed of
+an earlier run in the same world it would see that run's clips again. Stages: image (segmenter, proposer, region
+features), video (memory), towers, text, visual, motion, polish. Each can be interrupted and goes on where it
+stopped; none needs `video`, which may run beside those after it.
 """
 
 import argparse
@@ -64,15 +64,31 @@ RECIPES = {
     "longer": {"video": (1550, 4), "towers": (2400, 16), "visual": (2400, 6)},
     # and the towers learn along with the answers
     "answers": {"video": (900, 4), "visual": (2500, 6)},
+    # and words find what they name
+    "anchors": {"video": (680, 4), "visual": (1500, 6)},
 }
+# what ends every run: put the weights together, choose the rules, measure the test splits
+CLOSING = ("assemble", "rules", "test")
+# the runs that sparrow-tiny comes from, each from what the one before gave: recipe, world, seed
+RUNS = (
+    ("scratch", "shapes", 0),
+    ("grow", "train", 0),
+    ("longer", "train", 1),
+    ("longer", "train", 2),
+    ("answers", "train", 3),
+    ("anchors", "train", 4),
+)
 # learning rate of the stage video: the better the memory is, the less it should be shaken
-VIDEO_RATES = {"scratch": 8e-4, "grow": 6e-4, "longer": 4e-4, "answers": 4e-4}
+VIDEO_RATES = {"scratch": 8e-4, "grow": 6e-4, "longer": 4e-4, "answers": 4e-4, "anchors": 4e-4}
 # rules of the choice among proposals and of prompting, and the values among which held-out clips choose
 RULES = {
     "score_threshold": (0.5, 0.6, 0.7),
     "fallback_threshold": (0.2, 0.3, 0.4, 0.5),
     "num_prompt_frames": (1, 2, 4, 8),
 }
+# what the test splits measure, kept in training.json
+TEST_SPLITS = ("test-easy", "test-hard", "test-new-words")
+TEST_FIGURES = ("j_and_f", "right_object", "identity_switches", "no_target_accuracy", "multi_target_recall")
 NEEDED = {
     "image": [],
     "video": ["image"],
@@ -204,7 +220,7 @@ def train_stage(
         train_tower_stage(model, output, world, steps, clips, seed)
     else:
         pixel_heads = output / "image.safetensors" if "image" in plan else None
-        worlds = [world, "hard", "easy"] if recipe in ("longer", "answers") else [world]
+        worlds = [world] if "image" in plan else [world, "hard", "easy"]
         train_language_stage(
             model,
             processor,
@@ -216,7 +232,7 @@ def train_stage(
             seed,
             from_scratch=from_scratch,
             pixel_heads=pixel_heads,
-            with_towers=recipe == "answers",
+            with_towers=recipe in ("answers", "anchors"),
         )
     logger.info("%s: %d steps in %.0f s", stage, steps, time.time() - began)
 
@@ -277,6 +293,19 @@ def choose_rules(checkpoint: Path, clips: int = 64):
     write_json(history, read_json(history) | {"validation_j_and_f": figures})
 
 
+def measure(checkpoint: Path, clips: int = 256, seed: int = 0):
+    """Write the figures of the test splits into `training.json` of a checkpoint, under `test`."""
+    model = SparrowForVideoGrounding.from_pretrained(checkpoint).eval()
+    processor = SparrowProcessor.from_pretrained(checkpoint)
+    figures = {}
+    for split in TEST_SPLITS:
+        summary = evaluate_synthetic(model, processor, split, clips, seed)
+        figures[split] = {name: round(summary[name], 4) for name in TEST_FIGURES if summary[name] is not None}
+        logger.info("%s: %s", split, figures[split])
+    history = checkpoint / "training.json"
+    write_json(history, read_json(history) | {"test": figures})
+
+
 def _owner(config: SparrowConfig, rule: str) -> SparrowConfig | FiltrationHeadConfig:
     """The configuration that has a rule."""
     parts = (config, config.filtration_config)
@@ -300,42 +329,88 @@ def _summary(log: Path) -> dict:
     return {"steps": records[-1]["step"], "seconds": round(seconds + previous), **last, "curve": list(curve.values())}
 
 
+def run_recipe(
+    recipe: str,
+    world: str,
+    seed: int,
+    start: Path | None,
+    output: Path,
+    checkpoint: Path,
+    stages: list[str],
+    steps_scale: float = 1.0,
+):
+    """Run stages of a recipe and the closing ones in their order; finished ones are passed over.
+
+    Args:
+        steps_scale: multiplies the steps of every stage.
+    """
+    for stage in stages:
+        if stage == "assemble":
+            assemble(output, checkpoint, world, seed, recipe, start)
+        elif stage == "rules":
+            choose_rules(checkpoint)
+        elif stage == "test":
+            measure(checkpoint)
+        else:
+            steps, clips = RECIPES[recipe][stage]
+            steps = max(1, round(steps * steps_scale))
+            if is_finished(output, stage, steps):
+                logger.info("%s: finished before", stage)
+            else:
+                train_stage(stage, output, world, steps, clips, seed, recipe, start)
+
+
+def run_all(output: Path, checkpoint: Path, steps_scale: float = 1.0):
+    """Every run that sparrow-tiny comes from, each in a folder of its own and from what the one before gave."""
+    start = None
+    for number, (recipe, world, seed) in enumerate(RUNS, start=1):
+        folder = output / f"{number}-{recipe}"
+        made = checkpoint if number == len(RUNS) else folder / "checkpoint"
+        done = (folder / "done").exists()
+        logger.info("run %d of %d, recipe %s%s", number, len(RUNS), recipe, ": finished before" if done else "")
+        if not done:
+            run_recipe(recipe, world, seed, start, folder, made, [*RECIPES[recipe], *CLOSING], steps_scale)
+            (folder / "done").touch()
+        start = made
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/tiny"), help="checkpoints and logs of the stages")
     parser.add_argument(
         "--checkpoint", type=Path, default=Path(DEFAULT_CHECKPOINT), help="folder of the finished model"
     )
-    parser.add_argument("--stages", nargs="*", choices=[*NEEDED, "assemble", "rules"], help="default: all")
-    parser.add_argument("--world", choices=("shapes", "train"), default="train", help="preset of the clips")
-    parser.add_argument("--recipe", choices=RECIPES, default="scratch", help="which stages, and for how long")
-    parser.add_argument("--start", type=Path, help="checkpoint that a recipe other than scratch begins with")
     parser.add_argument("--steps-scale", type=float, default=1.0, help="multiplies the steps of every stage")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--recipe", choices=RECIPES, help="one run instead of all; the options below go with it")
+    parser.add_argument("--start", type=Path, help="checkpoint that a recipe other than scratch begins with")
+    parser.add_argument("--stages", nargs="*", choices=[*NEEDED, *CLOSING], help="default: all")
+    parser.add_argument("--world", choices=("shapes", "train"), help="preset of the clips, default train")
+    parser.add_argument("--seed", type=int, help="default 0")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(options.threads)
+    if options.recipe is None:
+        for name in ("start", "stages", "world", "seed"):
+            if getattr(options, name) is not None:
+                parser.error(f"--{name} goes with one --recipe, which is not named")
+        run_all(options.output, options.checkpoint, options.steps_scale)
+        return
     plan = RECIPES[options.recipe]
     if (options.recipe == "scratch") != (options.start is None):
         parser.error("--start goes with every recipe but scratch, and these need it")
     if unknown := [stage for stage in options.stages or () if stage in NEEDED and stage not in plan]:
         parser.error(f"recipe {options.recipe} has no stage {unknown[0]}: its stages are {', '.join(plan)}")
-    for stage in options.stages or [*plan, "assemble", "rules"]:
-        if stage == "assemble":
-            assemble(options.output, options.checkpoint, options.world, options.seed, options.recipe, options.start)
-            continue
-        if stage == "rules":
-            choose_rules(options.checkpoint)
-            continue
-        steps, clips = plan[stage]
-        steps = max(1, round(steps * options.steps_scale))
-        if is_finished(options.output, stage, steps):
-            logger.info("%s: finished before", stage)
-        else:
-            train_stage(
-                stage, options.output, options.world, steps, clips, options.seed, options.recipe, options.start
-            )
+    run_recipe(
+        options.recipe,
+        options.world or "train",
+        options.seed or 0,
+        options.start,
+        options.output,
+        options.checkpoint,
+        options.stages or [*plan, *CLOSING],
+        options.steps_scale,
+    )
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 import functools
 import itertools
 import json
+import re
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -23,7 +25,7 @@ from modeling_sparrow.training import (
     pretrain_towers,
 )
 from modeling_sparrow.training.loop import run_stage
-from modeling_sparrow.training.object_facts import EVENT_NAMES, object_facts
+from modeling_sparrow.training.object_facts import EVENT_NAMES, RANK_NAMES, normalized_boxes, object_facts
 from sparrow_processing import SparrowProcessor, open_video
 from sparrow_processing.synthetic import PRESETS, Expression, all_expressions, generate_clip, split_seed
 from sparrow_processing.synthetic.words import EVENTS
@@ -114,6 +116,36 @@ def test_words_keep_their_rows(small_start):
         assert value.equal(model.model.mask_tracker.state_dict()[name])
 
 
+def test_all_runs_go_on_from_one_another(tmp_path, monkeypatch, short_evaluation):
+    towers = {"towers": (10, 1)}
+    planned = (("scratch", "shapes", 0), ("grow", "train", 0), ("longer", "train", 1))
+    monkeypatch.setattr(pretrain_tiny, "RUNS", planned)
+    monkeypatch.setattr(pretrain_tiny, "RECIPES", dict.fromkeys(("scratch", "grow", "longer"), towers))
+    chosen = []
+    monkeypatch.setattr(pretrain_tiny, "choose_rules", chosen.append)
+    monkeypatch.setattr(pretrain_tiny, "measure", functools.partial(pretrain_tiny.measure, clips=1))
+    arguments = ["pretrain", "--output", str(tmp_path / "runs"), "--checkpoint", str(tmp_path / "made")]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--steps-scale", "0.1"])
+    pretrain_tiny.main()
+    assert chosen == [
+        tmp_path / "runs" / "1-scratch/checkpoint",
+        tmp_path / "runs/2-grow/checkpoint",
+        tmp_path / "made",
+    ]
+    history = json.loads((tmp_path / "made" / "training.json").read_text(encoding="utf-8"))
+    runs = [history, history["start"], history["start"]["start"]]
+    assert tuple((run["recipe"], run["world"], run["seed"]) for run in reversed(runs)) == planned
+    assert runs[-1]["start"] is None and all(run["stages"]["towers"]["steps"] == 1 for run in runs)
+    for run in runs:
+        assert run["test"].keys() == {"test-easy", "test-hard", "test-new-words"}
+        assert 0 <= run["test"]["test-hard"]["j_and_f"] <= 1
+    pretrain_tiny.main()
+    assert len(chosen) == 3  # finished runs are passed over
+    with pytest.raises(SystemExit):
+        monkeypatch.setattr(sys, "argv", [*arguments, "--seed", "1"])
+        pretrain_tiny.main()
+
+
 def test_a_deeper_language_model_answers_as_before(small_start, monkeypatch):
     def states(model):
         tokens = torch.arange(12).view(1, -1)
@@ -183,6 +215,25 @@ def test_learning_curve(tmp_path):
         learning_curve.curve_table(stage, {"val_wrong": 1.0})
     with pytest.raises(ValueError, match="three points"):
         learning_curve.fit_power_law([1, 2, 3], [0.5, 0.2, 0.0])
+
+
+def test_learning_curve_over_runs(tmp_path, monkeypatch, capsys):
+    history = None
+    for number, hours in enumerate((1, 3, 12, 48)):  # in all 1, 4, 16, 64
+        error = (4**number) ** -0.5
+        figures = {"right_object": 1 - error, "identity_switches": error}
+        history = {"stages": {"visual": {"seconds": hours * 3600}}, "start": history, "test": {"test-hard": figures}}
+    history["start"]["start"]["start"].pop("test")  # counts, but is not shown
+    (tmp_path / "training.json").write_text(json.dumps(history), encoding="utf-8")
+    aims = ["test-hard.right_object=0.9", "test-hard.identity_switches=0.05"]
+    monkeypatch.setattr(sys, "argv", ["learning_curve", str(tmp_path), "runs", *aims])
+    learning_curve.main()
+    header, _, right, switches = capsys.readouterr().out.splitlines()
+    assert header == "| figure | run 2, 4.0 h | run 3, 16.0 h | run 4, 64.0 h | aim | error falls as | hours |"
+    assert right == "| test-hard.right_object | 50.0 % | 75.0 % | 87.5 % | 90 % | hours^-0.50 | 100 |"
+    assert switches == "| test-hard.identity_switches | 50.0 % | 25.0 % | 12.5 % | 5 % | hours^-0.50 | 400 |"
+    with pytest.raises(ValueError, match=r"not every run with test figures has 'test-easy\.f'"):
+        learning_curve.runs_table(history, {"test-easy.f": 0.9})
 
 
 def test_a_summary_counts_a_resumed_stage_once(tmp_path):
@@ -284,7 +335,7 @@ def test_the_language_model_sees_some_frames_of_a_long_clip():
 
 
 def test_what_is_asked_of_visual_tokens_is_what_expressions_say():
-    seen = set()
+    seen, ranked, places = set(), set(), 0
     for index in range(60):
         clip = generate_clip(split_seed("validation", index), PRESETS["hard"])
         facts = object_facts(clip, clip.config.colours)
@@ -300,8 +351,16 @@ def test_what_is_asked_of_visual_tokens_is_what_expressions_say():
                 assert 1 in meets
                 colour = facts.partner[target]
                 assert colour in (-1, clip.config.colours.index(anchor.colour))
-            if item.kind == "ordinal" and f"second {clip.objects[item.target_ids[0]].noun}" in item.text:
-                assert 1 in facts.ranks[item.target_ids[0]]
+                place, expected = facts.partner_box[target], normalized_boxes(clip, 0)[item.anchor_id]
+                assert np.isnan(place).all() or np.array_equal(place, expected, equal_nan=True)
+                places += not np.isnan(place).any()
+            for group, head in (("noun", "noun"), ("colour", "colour"), ("all", "")):
+                word = getattr(clip.objects[item.target_ids[0]], head) if head and item.target_ids else ""
+                if item.kind == "ordinal" and re.search(f"second {word} ?(object|one)? ?from", item.text):
+                    column = RANK_NAMES.index(f"{group}_from_{item.text.split()[-1]}")
+                    assert facts.ranks[item.target_ids[0], column] == 1
+                    ranked.add(group)
+    assert places >= 5 and ranked == {"noun", "colour", "all"}
     assert len(seen) >= 9
 
 
@@ -341,12 +400,44 @@ def test_supervised_attention_is_that_of_the_layer(side):
             output_attentions=True,
         )
         model.set_attn_implementation("sdpa")
-        rows, columns = zip(*packed.box, strict=True)
-        for index in (-2, -3):
-            own = pretrain_language._attention_onto_prefix(side, index, output.hidden_states[index - 1], packed)
+        for index, places in ((-2, packed.box), (-4, packed.last)):
+            states = output.hidden_states[index - 1]
+            own = pretrain_language._attention_onto_prefix(side, index, states, packed, places)
+            rows, columns = zip(*places, strict=True)
             expected = output.attentions[index][rows, :, columns, : len(prefix)]
             assert own.shape == (len(questions), 4, len(prefix))
             torch.testing.assert_close(own, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_last_words_name_an_anchor_or_the_target(side):
+    clips = pretrain_segmenter.batch_clips(0, 6, 0, PRESETS["hard"])
+    questions = packed_questions.draw_questions(
+        side.processor, clips, 12, np.random.default_rng(0), lambda clip, item: True, ("relation", "meeting")
+    )
+    prefix = packed_questions.shared_ids(side.processor, 0)
+    packed = packed_questions.pack_questions(side.processor, side.model.config, prefix, len(clips), questions)
+    naming = set()
+    for question, place in zip(packed.order, packed.last, strict=True):
+        word = question.expression.text.split()[-1]
+        assert side.processor.tokenizer.decode(packed.ids[place]) == word
+        if question.named and not question.expression.text.endswith("in the video"):
+            thing = clips[question.clip].objects[question.named[0]]
+            assert word in (thing.noun, thing.colour, "object", "one", "shape")
+            naming.add(question.expression.kind)
+    assert naming == {"class", "colour", "colour_class", "relation", "meeting"}
+
+
+def test_a_query_that_knows_the_anchor_has_no_anchor_loss(side, monkeypatch):
+    clips = pretrain_segmenter.batch_clips(0, 1, 0, PRESETS["hard"])
+    number = next(n for n in range(clips[0].num_objects) if clips[0].visibility[n, 0] > 0.5)
+    asked = [Expression("", (0,), "relation", 3, number), Expression("", (0,), "class", 3)]
+    questions = [packed_questions.Question(0, item, item.target_ids, []) for item in asked]
+    place = torch.from_numpy(normalized_boxes(clips[0], 0)[number])
+    monkeypatch.setattr(side, "anchor_regressor", lambda query: query)
+    query = torch.stack([torch.logit(place), torch.zeros(4)])
+    assert pretrain_language.anchor_loss(side, query, clips, questions) < 1e-6
+    assert pretrain_language.anchor_loss(side, query.flip(0), clips, questions) > 0.05
+    assert pretrain_language.anchor_loss(side, query[1:], clips, questions[1:]) == 0
 
 
 def test_a_look_is_absent_from_clips_that_show_nothing_alike(side, monkeypatch):
