@@ -20,9 +20,6 @@ from .tiny_tokenizer import ANSWER, NO_TARGET_ANSWER
 # kinds that (also) ask what no single frame answers
 MOVING_KINDS = ("motion", "speed", "event", "meeting", "multi", "none")
 
-# kinds whose last words name the target
-NAMING_KINDS = ("class", "colour", "colour_class")
-
 WELL_SEEN = 0.3  # visible share of an object that a frame can be asked about
 
 
@@ -34,14 +31,6 @@ class Question:
     expression: Expression
     targets: tuple[int, ...]
     ids: list[int]  # without the part that all questions about a clip share
-    last: int = 0  # place of the last word of the expression among these
-
-    @property
-    def named(self) -> tuple[int, ...]:
-        """The object that the last words of the expression name, if they do: an anchor, or the target itself."""
-        if self.expression.anchor_id is not None:
-            return (self.expression.anchor_id,)
-        return self.targets if self.expression.kind in NAMING_KINDS else ()
 
 
 def shared_ids(processor: SparrowProcessor, num_frames: int) -> list[int]:
@@ -77,9 +66,7 @@ def draw_questions(
         drawn += sample_expressions([item for item in possible if item.kind not in favoured], count - len(drawn), rng)
         for item in drawn:
             ids = _prompt_ids(processor, item.text)[prefix:] + answer
-            words = processor.tokenizer.encode(item.text, add_special_tokens=False)
-            start = next(at for at in range(len(ids)) if ids[at : at + len(words)] == words)
-            questions.append(Question(number, item, item.target_ids, ids, last=start + len(words) - 1))
+            questions.append(Question(number, item, item.target_ids, ids))
     return questions
 
 
@@ -105,7 +92,6 @@ class PackedQuestions:
         prefix: tokens that all questions about a clip share.
         order: the questions, clip by clip.
         first, box, seg: clip and column of the token that predicts the first word, [BOX], [SEG] of each question.
-        last: clip and column of the last word of its expression.
     """
 
     ids: torch.Tensor
@@ -117,7 +103,6 @@ class PackedQuestions:
     first: list[tuple[int, int]]
     box: list[tuple[int, int]]
     seg: list[tuple[int, int]]
-    last: list[tuple[int, int]]
 
 
 def pack_questions(
@@ -141,7 +126,7 @@ def pack_questions(
     segment = torch.full((clips, length), -1)  # 0 prefix, 1, 2, … questions, -1 padding
     ids[:, : len(prefix)], positions[:, : len(prefix)] = torch.tensor(prefix), torch.arange(len(prefix))
     segment[:, : len(prefix)] = 0
-    order, first, box, seg, last = [], [], [], [], []
+    order, first, box, seg = [], [], [], []
     for number, row in enumerate(rows):
         at = len(prefix)
         for index, (own, wanted, question) in enumerate(row, start=1):
@@ -154,10 +139,9 @@ def pack_questions(
                 first.append((number, part.stop - len(answer) - 1))
                 box.append((number, at + own.index(config.box_token_id) - 1))
                 seg.append((number, at + own.index(config.seg_token_id) - 1))
-                last.append((number, at + question.last))
             at = part.stop
     same = (segment[:, :, None] == segment[:, None]) | (segment[:, None] == 0)
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     visible = (same & causal) | torch.eye(length, dtype=torch.bool)
     mask = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.bfloat16).min)[:, None]
-    return PackedQuestions(ids, positions, labels, mask, len(prefix), order, first, box, seg, last)
+    return PackedQuestions(ids, positions, labels, mask, len(prefix), order, first, box, seg)

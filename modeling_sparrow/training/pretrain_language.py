@@ -1,7 +1,7 @@
 """From scratch, language side of sparrow-tiny: questions to [BOX] and [SEG] embeddings that find the right region.
 
 Stage "text": no visual tokens, the question alone has to pick the region by its SAM2 features. Stages "visual" and
-"motion": with them, and with attention led from a name to what it names and from the answer to the target, which is
+"motion": with them, and with attention led to the tokens of the target and of what the question refers to, which is
 what makes questions about motion and relations learnable. What is not there is denied in words. The second is a second
 pass over new clips; "polish" is a third, slower, with all kinds of questions alike.
 """
@@ -28,7 +28,7 @@ from ..mask_tracker import MaskPrompt
 from ..modeling_sparrow import SparrowForVideoGrounding
 from ..region_proposer import RegionProposals
 from .loop import run_stage
-from .object_facts import EVENT_NAMES, MOST_RANKS, RANK_NAMES, ObjectFacts, normalized_boxes, object_facts
+from .object_facts import EVENT_NAMES, MOST_RANKS, RANK_NAMES, ObjectFacts, object_facts
 from .packed_questions import (
     WELL_SEEN,
     PackedQuestions,
@@ -45,7 +45,6 @@ from .pretrain_towers import (
     MOTION_WORDS,
     PatchOwners,
     as_seen,
-    box_distance,
     frame_owners,
     head_loss,
     patch_owner,
@@ -58,8 +57,8 @@ from .tiny_tokenizer import NO_TARGET_ANSWER
 
 # Added to the seed of a run, so that no stage sees the clips of another.
 STREAMS = {"text": 3, "visual": 4, "motion": 6, "polish": 8}
-# kinds that a model learns last, when it has learnt what moves: they need several objects
-LATE_KINDS = ("relation", "ordinal", "meeting")
+# kinds that a model learns last, when it has learnt what moves
+LATE_KINDS = ("relation", "ordinal", "event", "meeting")
 
 # kinds that ask how one thing looks, and by what
 LOOKS = {"class": ("noun",), "colour": ("colour",), "colour_class": ("noun", "colour")}
@@ -74,9 +73,8 @@ PATCH_WEIGHT = {
     "speed": 0.3,
     "action": 0.5,
     "events": 1.0,
-    "partner": 0.5,
-    "partner_box": 0.5,
-    "ranks": 0.6,
+    "partner": 0.3,
+    "ranks": 0.3,
 }
 
 
@@ -107,12 +105,11 @@ class LanguageSide(nn.Module):
         self.box_regressor = nn.Sequential(nn.Linear(size, size), nn.ReLU(), nn.Linear(size, 4))
         size = model.config.text_config.hidden_size
         self.motion_classifier = nn.Linear(size, len(DIRECTIONS))
-        self.anchor_regressor = nn.Linear(size, 4)
         self.words = pixel_side.words | MOTION_WORDS
         looks = {name: len(words) for name, words in pixel_side.words.items()} | {"box": 4}
         doings = {name: len(words) for name, words in MOTION_WORDS.items()}
         doings |= {"events": len(EVENT_NAMES), "partner": len(pixel_side.words["colour"])}
-        doings |= {"ranks": len(RANK_NAMES) * MOST_RANKS, "partner_box": 4}
+        doings |= {"ranks": len(RANK_NAMES) * MOST_RANKS}
         self.spatial_heads = nn.ModuleDict({name: nn.Linear(size, count) for name, count in looks.items()})
         self.temporal_heads = nn.ModuleDict({name: nn.Linear(size, n) for name, n in (looks | doings).items()})
         self.knows_attributes = attributes
@@ -139,7 +136,7 @@ class LanguageStates:
         query: `(S, D)` states of the [BOX] positions as they enter the last layer but one.
         clips: `(C, prefix, D)` states of the shared prefix of each clip as they enter that layer.
         attention: `(S, heads, prefix)` of the [BOX] states in that layer onto the prefix; in training with video.
-        name_attention: the same of the last words of the expressions, two layers earlier.
+        anchor_attention: the same in the layer before.
     """
 
     box: torch.Tensor
@@ -150,7 +147,7 @@ class LanguageStates:
     query: torch.Tensor
     clips: torch.Tensor
     attention: torch.Tensor | None = None
-    name_attention: torch.Tensor | None = None
+    anchor_attention: torch.Tensor | None = None
 
 
 def language_states(
@@ -167,11 +164,11 @@ def language_states(
             position_ids=packed.positions,
             output_hidden_states=True,
         )
-    *_, early, _, middle, _, hidden = (states.float() for states in output.hidden_states)
-    attention = name_attention = None
+    *_, early, middle, _, hidden = (states.float() for states in output.hidden_states)
+    attention = anchor_attention = None
     if with_video and side.training:  # it is supervised
-        name_attention = _attention_onto_prefix(side, -4, early, packed, packed.last)
-        attention = _attention_onto_prefix(side, -2, middle, packed, packed.box)
+        anchor_attention = _attention_onto_prefix(side, -3, early, packed)
+        attention = _attention_onto_prefix(side, -2, middle, packed)
     box_at, seg_at, first_at = (tuple(zip(*places, strict=True)) for places in (packed.box, packed.seg, packed.first))
     scores = output.logits[:, :-1].flatten(0, 1).float()
     first_scores = output.logits[first_at].float()
@@ -186,22 +183,22 @@ def language_states(
         query=middle[box_at],
         clips=middle[:, : packed.prefix],
         attention=attention,
-        name_attention=name_attention,
+        anchor_attention=anchor_attention,
     )
 
 
 def _attention_onto_prefix(
-    side: LanguageSide, index: int, states: torch.Tensor, packed: PackedQuestions, places: list[tuple[int, int]]
+    side: LanguageSide, index: int, states: torch.Tensor, packed: PackedQuestions
 ) -> torch.Tensor:
-    """Attention `(S, heads, prefix)` of some places (clip, column) in one layer, from the states `(C, L, D)` that
-    enter it: what the layer computes, for these places alone, one of each question in their order."""
+    """Attention `(S, heads, prefix)` of the [BOX] positions in one layer, from the states `(C, L, D)` that enter it:
+    what the layer computes, for these positions alone."""
     model = side.language_model.model
     layer = model.layers[index]
     states = layer.input_layernorm(states)
     cos, sin = model.rotary_emb(states, packed.positions)
     width = layer.self_attn.head_dim
     key = layer.self_attn.k_proj(states).unflatten(-1, (-1, width))
-    rows, columns = (list(numbers) for numbers in zip(*places, strict=True))
+    rows, columns = (list(places) for places in zip(*packed.box, strict=True))
     query = layer.self_attn.q_proj(states[rows, columns]).unflatten(-1, (-1, width))
     key, _ = apply_rotary_pos_emb(key, key, cos, sin, unsqueeze_dim=2)
     query, _ = apply_rotary_pos_emb(query, query, cos[rows, columns], sin[rows, columns], unsqueeze_dim=1)
@@ -394,13 +391,12 @@ def language_step(
             loss = loss + 1.5 * losses["regressor"]
         meant = [q.targets for q in questions]
         losses["attention"] = attention_loss(side, states.attention, watched, clip_of, meant)
-        named = [q.named for q in questions]
-        losses["named"] = attention_loss(side, states.name_attention, watched, clip_of, named)
-        losses["anchor"] = anchor_loss(side, states.query, watched, questions)
+        anchors = [() if q.expression.anchor_id is None else (q.expression.anchor_id,) for q in questions]
+        losses["anchor"] = attention_loss(side, states.anchor_attention, watched, clip_of, anchors)
         losses["words"] = motion_words_loss(side, states.query, batch, questions)
         facts = [object_facts(clip, side.words["colour"]) for clip in batch]
         losses["patches"] = patch_loss(side, states.clips, watched, facts, int(rng.integers(len(watched[0].frames))))
-        loss = loss + 0.4 * losses["attention"] + 1.5 * losses["named"] + 6 * losses["anchor"]
+        loss = loss + 0.4 * losses["attention"] + 0.2 * losses["anchor"]
         loss = loss + 0.5 * losses["words"] + 0.5 * losses["patches"]
     return {"loss": loss, **losses}
 
@@ -497,18 +493,6 @@ def visual_places(side: LanguageSide, prefix: int, num_frames: int) -> dict[str,
     first = prefix - config.num_visual_tokens(num_frames)
     middle = first + num_frames * config.spatial_pool_size**2
     return {"spatial": slice(first, middle), "temporal": slice(middle, prefix)}
-
-
-def anchor_loss(
-    side: LanguageSide, query: torch.Tensor, clips: list[SyntheticClip], questions: list[Question]
-) -> torch.Tensor:
-    """Distance to the box, on the first frame, of the object that a question refers its target to: what looks for
-    the target must know it."""
-    nowhere = np.full(4, np.nan, np.float32)
-    anchors = [(q.clip, q.expression.anchor_id) for q in questions]
-    boxes = [nowhere if n is None else normalized_boxes(clips[number], 0)[n] for number, n in anchors]
-    boxes = torch.from_numpy(np.stack(boxes))
-    return box_distance(side.anchor_regressor(query), boxes) if not boxes.isnan().all() else query.sum() * 0.0
 
 
 def motion_words_loss(

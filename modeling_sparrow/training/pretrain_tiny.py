@@ -4,7 +4,7 @@
 
 does all runs that the shipped checkpoint comes from, one after another. One of them, or one more:
 
-    python -m modeling_sparrow.training.pretrain_tiny --recipe anchors --start runs/final --seed 5 --output runs/more
+    python -m modeling_sparrow.training.pretrain_tiny --recipe memory --start runs/final --seed 5 --output runs/more
 
 With `--start` training begins with the weights of a checkpoint; words that it does not know are new. With the seed of
 an earlier run in the same world it would see that run's clips again. Stages: image (segmenter, proposer, region
@@ -64,8 +64,8 @@ RECIPES = {
     "longer": {"video": (1550, 4), "towers": (2400, 16), "visual": (2400, 6)},
     # and the towers learn along with the answers
     "answers": {"video": (900, 4), "visual": (2500, 6)},
-    # and words find what they name
-    "anchors": {"video": (680, 4), "visual": (1500, 6)},
+    # the memory alone
+    "memory": {"video": (680, 4)},
 }
 # what ends every run: put the weights together, choose the rules, measure the test splits
 CLOSING = ("assemble", "rules", "test")
@@ -76,10 +76,10 @@ RUNS = (
     ("longer", "train", 1),
     ("longer", "train", 2),
     ("answers", "train", 3),
-    ("anchors", "train", 4),
+    ("memory", "train", 4),
 )
 # learning rate of the stage video: the better the memory is, the less it should be shaken
-VIDEO_RATES = {"scratch": 8e-4, "grow": 6e-4, "longer": 4e-4, "answers": 4e-4, "anchors": 4e-4}
+VIDEO_RATES = {"scratch": 8e-4, "grow": 6e-4, "longer": 4e-4, "answers": 4e-4, "memory": 4e-4}
 # rules of the choice among proposals and of prompting, and the values among which held-out clips choose
 RULES = {
     "score_threshold": (0.5, 0.6, 0.7),
@@ -232,7 +232,7 @@ def train_stage(
             seed,
             from_scratch=from_scratch,
             pixel_heads=pixel_heads,
-            with_towers=recipe in ("answers", "anchors"),
+            with_towers=recipe == "answers",
         )
     logger.info("%s: %d steps in %.0f s", stage, steps, time.time() - began)
 

@@ -20,7 +20,7 @@ from sparrow_processing.synthetic import PRESETS, SPEEDS, SyntheticClip, Synthet
 
 from ..modeling_sparrow import SparrowForVideoGrounding
 from .loop import run_stage
-from .object_facts import EVENT_NAMES, MOST_RANKS, UNKNOWN, ObjectFacts, normalized_boxes, object_facts
+from .object_facts import EVENT_NAMES, MOST_RANKS, UNKNOWN, ObjectFacts, object_facts
 from .pretrain_segmenter import batch_clips, long_world
 
 DIRECTIONS = ("still", "left", "right", "up", "down")
@@ -106,9 +106,8 @@ def tower_step(
 
 def head_loss(name: str, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor | None:
     """Loss of a throw-away head over the patches of which the answer is known; None if there is no such patch."""
-    if name in ("box", "partner_box"):
-        known = ~target.isnan().any(-1)
-        return 10 * box_distance(output, target) if known.any() else None
+    if name == "box":
+        return 10 * box_distance(output, target)
     if name == "events":
         known = ~target.isnan()
         weight = torch.tensor(RARE)
@@ -182,7 +181,10 @@ def frame_owners(batch: list[SyntheticClip], patch_size: int, t: int) -> list[Pa
 
 
 def _owners(clip: SyntheticClip, index: np.ndarray, t: int, facts: ObjectFacts | None = None) -> PatchOwners:
-    return PatchOwners(index.ravel(), clip, normalized_boxes(clip, t), facts)
+    H, W = clip.frames.shape[1:3]
+    corners = clip.boxes[:, t] / np.array([W, H, W, H], np.float32)
+    boxes = np.concatenate([(corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]], axis=1)
+    return PatchOwners(index.ravel(), clip, boxes, facts)
 
 
 def patch_targets(owners: list[PatchOwners], name: str, words: tuple[str, ...] | None) -> torch.Tensor:

@@ -3,7 +3,6 @@
 import functools
 import itertools
 import json
-import re
 import shutil
 import sys
 
@@ -25,7 +24,7 @@ from modeling_sparrow.training import (
     pretrain_towers,
 )
 from modeling_sparrow.training.loop import run_stage
-from modeling_sparrow.training.object_facts import EVENT_NAMES, RANK_NAMES, normalized_boxes, object_facts
+from modeling_sparrow.training.object_facts import EVENT_NAMES, object_facts
 from sparrow_processing import SparrowProcessor, open_video
 from sparrow_processing.synthetic import PRESETS, Expression, all_expressions, generate_clip, split_seed
 from sparrow_processing.synthetic.words import EVENTS
@@ -53,7 +52,7 @@ def small_start(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("recipe", ["grow", "longer", "answers"])
+@pytest.mark.parametrize("recipe", ["grow", "longer", "answers", "memory"])
 def test_every_stage_in_turn_and_a_checkpoint_that_grounds(recipe, small_start, short_evaluation, tmp_path):
     plan = pretrain_tiny.RECIPES[recipe]
     for stage in plan:
@@ -335,7 +334,7 @@ def test_the_language_model_sees_some_frames_of_a_long_clip():
 
 
 def test_what_is_asked_of_visual_tokens_is_what_expressions_say():
-    seen, ranked, places = set(), set(), 0
+    seen = set()
     for index in range(60):
         clip = generate_clip(split_seed("validation", index), PRESETS["hard"])
         facts = object_facts(clip, clip.config.colours)
@@ -351,16 +350,8 @@ def test_what_is_asked_of_visual_tokens_is_what_expressions_say():
                 assert 1 in meets
                 colour = facts.partner[target]
                 assert colour in (-1, clip.config.colours.index(anchor.colour))
-                place, expected = facts.partner_box[target], normalized_boxes(clip, 0)[item.anchor_id]
-                assert np.isnan(place).all() or np.array_equal(place, expected, equal_nan=True)
-                places += not np.isnan(place).any()
-            for group, head in (("noun", "noun"), ("colour", "colour"), ("all", "")):
-                word = getattr(clip.objects[item.target_ids[0]], head) if head and item.target_ids else ""
-                if item.kind == "ordinal" and re.search(f"second {word} ?(object|one)? ?from", item.text):
-                    column = RANK_NAMES.index(f"{group}_from_{item.text.split()[-1]}")
-                    assert facts.ranks[item.target_ids[0], column] == 1
-                    ranked.add(group)
-    assert places >= 5 and ranked == {"noun", "colour", "all"}
+            if item.kind == "ordinal" and f"second {clip.objects[item.target_ids[0]].noun}" in item.text:
+                assert 1 in facts.ranks[item.target_ids[0]]
     assert len(seen) >= 9
 
 
@@ -400,44 +391,12 @@ def test_supervised_attention_is_that_of_the_layer(side):
             output_attentions=True,
         )
         model.set_attn_implementation("sdpa")
-        for index, places in ((-2, packed.box), (-4, packed.last)):
-            states = output.hidden_states[index - 1]
-            own = pretrain_language._attention_onto_prefix(side, index, states, packed, places)
-            rows, columns = zip(*places, strict=True)
+        rows, columns = zip(*packed.box, strict=True)
+        for index in (-2, -3):
+            own = pretrain_language._attention_onto_prefix(side, index, output.hidden_states[index - 1], packed)
             expected = output.attentions[index][rows, :, columns, : len(prefix)]
             assert own.shape == (len(questions), 4, len(prefix))
             torch.testing.assert_close(own, expected, atol=1e-5, rtol=1e-4)
-
-
-def test_last_words_name_an_anchor_or_the_target(side):
-    clips = pretrain_segmenter.batch_clips(0, 6, 0, PRESETS["hard"])
-    questions = packed_questions.draw_questions(
-        side.processor, clips, 12, np.random.default_rng(0), lambda clip, item: True, ("relation", "meeting")
-    )
-    prefix = packed_questions.shared_ids(side.processor, 0)
-    packed = packed_questions.pack_questions(side.processor, side.model.config, prefix, len(clips), questions)
-    naming = set()
-    for question, place in zip(packed.order, packed.last, strict=True):
-        word = question.expression.text.split()[-1]
-        assert side.processor.tokenizer.decode(packed.ids[place]) == word
-        if question.named and not question.expression.text.endswith("in the video"):
-            thing = clips[question.clip].objects[question.named[0]]
-            assert word in (thing.noun, thing.colour, "object", "one", "shape")
-            naming.add(question.expression.kind)
-    assert naming == {"class", "colour", "colour_class", "relation", "meeting"}
-
-
-def test_a_query_that_knows_the_anchor_has_no_anchor_loss(side, monkeypatch):
-    clips = pretrain_segmenter.batch_clips(0, 1, 0, PRESETS["hard"])
-    number = next(n for n in range(clips[0].num_objects) if clips[0].visibility[n, 0] > 0.5)
-    asked = [Expression("", (0,), "relation", 3, number), Expression("", (0,), "class", 3)]
-    questions = [packed_questions.Question(0, item, item.target_ids, []) for item in asked]
-    place = torch.from_numpy(normalized_boxes(clips[0], 0)[number])
-    monkeypatch.setattr(side, "anchor_regressor", lambda query: query)
-    query = torch.stack([torch.logit(place), torch.zeros(4)])
-    assert pretrain_language.anchor_loss(side, query, clips, questions) < 1e-6
-    assert pretrain_language.anchor_loss(side, query.flip(0), clips, questions) > 0.05
-    assert pretrain_language.anchor_loss(side, query[1:], clips, questions[1:]) == 0
 
 
 def test_a_look_is_absent_from_clips_that_show_nothing_alike(side, monkeypatch):
