@@ -95,6 +95,11 @@ def curve_table(stage: dict, aims: dict[str, float], columns: int = 7) -> str:
     return _markdown(rows)
 
 
+def _runs(history: dict | None) -> list[dict]:
+    """The runs that led to a checkpoint, the first one first."""
+    return [] if history is None else [*_runs(history["start"]), history]
+
+
 def runs_table(history: dict, aims: dict[str, float]) -> str:
     """Markdown table of the runs that led to a checkpoint, by hours of training on one core up to the end of each.
 
@@ -106,12 +111,8 @@ def runs_table(history: dict, aims: dict[str, float]) -> str:
     Raises:
         ValueError: no run has a figure.
     """
-    runs = []
-    while history is not None:
-        runs.insert(0, history)
-        history = history["start"]
     hours, measured = 0.0, []
-    for number, run in enumerate(runs, start=1):
+    for number, run in enumerate(_runs(history), start=1):
         hours += sum(stage["seconds"] for stage in run["stages"].values()) / 3600
         if "test" in run:
             figures = {f"{split}.{key}": v for split, own in run["test"].items() for key, v in own.items()}
@@ -136,17 +137,20 @@ def _aim(text: str) -> tuple[str, float]:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path, help="folder with training.json")
-    parser.add_argument("stage", help="of training.json, for example visual; or: runs")
+    parser.add_argument("stage", help="of the last run that has it, for example visual; or: runs")
     parser.add_argument("aims", nargs="+", type=_aim, help="figure=aim, for example val_hard_none=0.85")
     options = parser.parse_args()
     history, aims = read_json(options.checkpoint / "training.json"), dict(options.aims)
-    stages = history["stages"]
     if options.stage == "runs":
         sys.stdout.write(runs_table(history, aims))
-    elif options.stage in stages:
-        sys.stdout.write(curve_table(stages[options.stage], aims))
-    else:
-        parser.error(f"{options.checkpoint} has no stage {options.stage!r}: its stages are {', '.join(stages)}")
+        return
+    known: list[str] = []
+    for run in _runs(history)[::-1]:
+        if options.stage in run["stages"]:
+            sys.stdout.write(curve_table(run["stages"][options.stage], aims))
+            return
+        known += [stage for stage in run["stages"] if stage not in known]
+    parser.error(f"{options.checkpoint} has no stage {options.stage!r}: its stages are {', '.join(known)}")
 
 
 if __name__ == "__main__":

@@ -231,6 +231,16 @@ def test_learning_curve_over_runs(tmp_path, monkeypatch, capsys):
     assert header == "| figure | run 2, 4.0 h | run 3, 16.0 h | run 4, 64.0 h | aim | error falls as | hours |"
     assert right == "| test-hard.right_object | 50.0 % | 75.0 % | 87.5 % | 90 % | hours^-0.50 | 100 |"
     assert switches == "| test-hard.identity_switches | 50.0 % | 25.0 % | 12.5 % | 5 % | hours^-0.50 | 400 |"
+    curve = [{"step": 100, "val_j": 0.5}, {"step": 200, "val_j": 0.6}]
+    history["start"]["stages"]["video"] = {"steps": 200, "seconds": 3600, "curve": curve}
+    (tmp_path / "training.json").write_text(json.dumps(history), encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["learning_curve", str(tmp_path), "video", "val_j=0.9"])
+    learning_curve.main()  # of the last run that has it
+    assert capsys.readouterr().out.splitlines()[0].startswith("| figure | 100 | 200 |")
+    monkeypatch.setattr(sys, "argv", ["learning_curve", str(tmp_path), "image", "val_iou=0.9"])
+    with pytest.raises(SystemExit):
+        learning_curve.main()
+    assert "no stage 'image': its stages are visual, video" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"not every run with test figures has 'test-easy\.f'"):
         learning_curve.runs_table(history, {"test-easy.f": 0.9})
 
