@@ -92,7 +92,8 @@ def test_sharded_over_two_processes(checkpoint, tmp_path):
     for name in ("loss", "grad_norm"):
         figures = logged(tmp_path / "two", name), logged(tmp_path / "one", name)
         assert figures[0][:2] == pytest.approx(figures[1][:2], rel=1e-4)  # before weights have changed
-        assert figures[0] == pytest.approx(figures[1], rel=1e-2)
+        # Adam turns rounding of small gradients into steps of full size: how far runs part depends on the processor
+        assert figures[0] == pytest.approx(figures[1], rel=3e-2)
     final = tmp_path / "two" / "final"
     uninterrupted = load_file(final / "adapter_model.safetensors")
     assert all(value.isfinite().all() for value in uninterrupted.values())
