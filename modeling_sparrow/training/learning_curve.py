@@ -109,7 +109,7 @@ def runs_table(history: dict, aims: dict[str, float]) -> str:
         aims: by figure (`<split>.<key>`) the value it should reach.
 
     Raises:
-        ValueError: no run has a figure.
+        ValueError: a run with test figures lacks one, or there is none.
     """
     hours, measured = 0.0, []
     for number, run in enumerate(_runs(history), start=1):

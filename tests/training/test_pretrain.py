@@ -126,11 +126,7 @@ def test_all_runs_go_on_from_one_another(tmp_path, monkeypatch, short_evaluation
     arguments = ["pretrain", "--output", str(tmp_path / "runs"), "--checkpoint", str(tmp_path / "made")]
     monkeypatch.setattr(sys, "argv", [*arguments, "--steps-scale", "0.1"])
     pretrain_tiny.main()
-    assert chosen == [
-        tmp_path / "runs" / "1-scratch/checkpoint",
-        tmp_path / "runs/2-grow/checkpoint",
-        tmp_path / "made",
-    ]
+    assert chosen == [tmp_path / path for path in ("runs/1-scratch/checkpoint", "runs/2-grow/checkpoint", "made")]
     history = json.loads((tmp_path / "made" / "training.json").read_text(encoding="utf-8"))
     runs = [history, history["start"], history["start"]["start"]]
     assert tuple((run["recipe"], run["world"], run["seed"]) for run in reversed(runs)) == planned
