@@ -14,15 +14,16 @@ const sparrow = {
     }
   },
 
-  // What one player does, the other does too.
-  mirror(event) {
+  // What one player does, the other does too. Events come late: one that no longer says what its player does is left
+  // alone, or two players that were told different things would answer each other for ever.
+  mirror({ type, target }) {
     const players = sparrow.players();
-    const other = players.find((player) => player !== event.target);
-    if (!players.includes(event.target) || !other) return;
-    if (event.type === "seeked" && Math.abs(other.currentTime - event.target.currentTime) > 0.05)
-      other.currentTime = event.target.currentTime;
-    if (event.type === "play" && other.paused) other.play().catch(() => {});
-    if (event.type === "pause" && !other.paused) other.pause();
+    const other = players.find((player) => player !== target);
+    if (!players.includes(target) || !other) return;
+    const apart = Math.abs(other.currentTime - target.currentTime) > 0.05;
+    if (type === "seeked" && !target.seeking && apart) other.currentTime = target.currentTime;
+    if (type === "play" && !target.paused && other.paused) other.play().catch(() => {});
+    if (type === "pause" && target.paused && !other.paused) other.pause();
   },
 
   // Phrases, segments of the timeline, and the chart lead to a frame.

@@ -117,6 +117,22 @@ def test_overlay_and_original_play_together(page):
     page.wait_for_function("document.querySelector('#original video').paused")
 
 
+def test_players_that_were_told_different_things_settle(page):
+    """What one does the other does too, and back: that must not go on for ever."""
+    events, alike = page.evaluate(
+        """async () => {
+            const [one, other] = sparrow.players();
+            let events = 0;
+            for (const type of ["play", "pause", "seeked"]) document.addEventListener(type, () => events++, true);
+            one.play(); other.play(); other.pause();
+            one.currentTime = 0; other.currentTime = 0.2;
+            await new Promise(done => setTimeout(done, 1000));
+            return [events, one.paused === other.paused];
+        }"""
+    )
+    assert events < 30 and alike
+
+
 def test_words_of_user_and_answer_are_text(page):
     assert page.inner_text(".sp-question") == QUESTION
     assert page.inner_text(".sp-text").startswith("it is a ring")
