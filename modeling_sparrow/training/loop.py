@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import distributed, nn
 from tqdm import tqdm
 
 from .tiny_model import cosine_schedule
@@ -30,6 +30,23 @@ def save_weights(module: nn.Module, path: Path):
 
 def load_weights(module: nn.Module, path: Path):
     module.load_state_dict(load_file(path))
+
+
+def process_share() -> tuple[int, int]:
+    """Rank and number of the processes that train together (`torchrun --nproc-per-node`), (0, 1) for one alone."""
+    if "WORLD_SIZE" not in os.environ:
+        return 0, 1
+    if not distributed.is_initialized():
+        distributed.init_process_group("gloo")
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+def average_gradients(parameters: list[nn.Parameter], processes: int):
+    """Give every process the mean of all processes' gradients."""
+    flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in parameters])
+    distributed.all_reduce(flat)
+    for parameter, own in zip(parameters, (flat / processes).split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = own.view_as(parameter)
 
 
 def run_stage(
@@ -55,6 +72,7 @@ def run_stage(
         training_step: called with the step, returns named losses with `loss` among them.
         evaluate: figures on held-out data, called with the module in eval mode.
     """
+    rank, processes = process_share()
     output.mkdir(parents=True, exist_ok=True)
     weights, state = output / f"{name}.safetensors", output / f"{name}.state"
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -75,9 +93,13 @@ def run_stage(
             losses = training_step(step)
             optimizer.zero_grad(set_to_none=True)
             losses["loss"].backward()
+            if processes > 1:
+                average_gradients(parameters, processes)
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             done = step + 1
+            if rank:
+                continue
             record = {}
             if done % log_every == 0:
                 record = {key: round(float(value.detach()), 4) for key, value in losses.items()}

@@ -4,8 +4,11 @@ Stage "image": masks from jittered boxes, proposals, and attributes of regions (
 classifiers that make the region features worth filtering). Stage "video": the memory, with the image encoder frozen.
 """
 
+import copy
 import functools
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +24,13 @@ from ..frame_pyramid import ClipPyramids, FramePyramid
 from ..losses import mask_bce_loss, mask_dice_loss
 from ..mask_tracker import FrameMasks, MaskPrompt, MaskTracker, TrackedObject
 from ..modeling_sparrow import SparrowForVideoGrounding
-from .loop import run_stage
+from .loop import process_share, run_stage
 from .tiny_model import initialize_attributes, initialize_for_scratch
 
 JITTER = 1.5 / 128  # of the corners of true boxes, normalised: as much as those of proposals are off
+JUMPS = 5  # frames of a clip in random order
+# layers of the memory attention, the last ones, that are led from an object to the same object in memory
+MATCHING_LAYERS, MATCHING_WEIGHT = 1, 0.1
 
 
 class PixelSide(nn.Module):
@@ -244,52 +250,145 @@ def train_image_stage(
 # ---------------------------------------------------------------------- memory
 
 
+@dataclass(frozen=True)
+class Footage:
+    """What a step of the stage "video" sees: clips of a world, whole or, with `jumps`, that many of their frames in
+    random order, on which nothing but its looks tells an object."""
+
+    world: WorldConfig
+    jumps: int | None = None
+
+    @property
+    def num_frames(self) -> int:
+        return self.jumps or self.world.num_frames
+
+    def frame_order(self, rng: np.random.Generator) -> np.ndarray:
+        order = np.arange(self.world.num_frames)
+        return order if self.jumps is None else rng.permutation(order)[: self.jumps]
+
+    def can_be_told(self, clip: SyntheticClip) -> list[bool]:
+        """Of each object whether it can be found again: where looks have to tell, it is unlike all others."""
+        looks = [(thing.noun, thing.colour, thing.size) for thing in clip.objects]
+        return [self.jumps is None or looks.count(own) == 1 for own in looks]
+
+    def followed(self, clip: SyntheticClip, frame: int) -> list[int]:
+        """Objects that can be prompted on a frame, where they are visible, and found again on others."""
+        return [n for n, told in enumerate(self.can_be_told(clip)) if told and clip.visibility[n, frame] > 0.5]
+
+
 def video_step(
-    step: int, side: PixelSide, worlds: list[WorldConfig], clips: int, seed: int
+    step: int, side: PixelSide, footage: list[Footage], clips: int, seed: int, share: tuple[int, int] = (0, 1)
 ) -> dict[str, torch.Tensor]:
-    """Up to three objects per clip, look-alikes first, carried from a prompted frame over the whole clip with soft
-    memory masks."""
-    rng = np.random.default_rng([seed, 1, step])
-    torch.manual_seed(seed * 1_000_003 + step)
-    world = worlds[step % len(worlds)]
-    T = world.num_frames
+    """Up to three objects per clip, look-alikes first, carried from a prompted frame over all frames with soft memory
+    masks.
+
+    Args:
+        clips: for each process; twice as many where frames jump.
+        share: rank and number of the processes that take a step together.
+    """
+    rank, processes = share
+    draw = step * processes + rank
+    rng = np.random.default_rng([seed, 1, draw])
+    torch.manual_seed(seed * 1_000_003 + draw)
+    seen = footage[step % len(footage)]
+    T = seen.num_frames
     start = 0 if rng.random() < 0.7 else int(rng.integers(T))
-    frames, targets, present, objects, clip_of = [], [], [], [], []
-    for clip in batch_clips(step, clips, seed + 1, world):
-        visible = [n for n in range(len(clip.objects)) if clip.visibility[n, start] > 0.5]
+    grid = side.mask_tracker.config.sam2_config.memory_attention_rope_feat_sizes
+    frames, targets, present, objects, clip_of, owners = [], [], [], [], [], []
+    count = clips if seen.jumps is None else 2 * clips
+    for clip in batch_clips(draw, count, seed + 1, seen.world):
+        order = seen.frame_order(rng)
         nouns = [thing.noun for thing in clip.objects]
-        chosen = sorted(rng.permutation(visible).tolist(), key=lambda n: -nouns.count(nouns[n]))
-        for n in chosen[:3]:
-            box = torch.from_numpy(clip.boxes[n, start]) / torch.tensor([world.width, world.height] * 2)
-            box = box + torch.randn(4) * JITTER
-            objects.append(TrackedObject(start, [MaskPrompt(boxes=box[None])]))
-            targets.append(torch.from_numpy(clip.masks[n]))
-            present.append(torch.from_numpy(clip.visibility[n] > 0.1))
+        possible = rng.permutation(seen.followed(clip, order[start])).astype(int).tolist()
+        chosen = sorted(possible, key=lambda n: -nouns.count(nouns[n]))[:3]
+        for n in chosen:
+            box = true_box(clip, n, order[start]) + JITTER * torch.randn(4)
+            objects.append(TrackedObject(start, [MaskPrompt(boxes=box)]))
+            targets.append(torch.from_numpy(clip.masks[n, order]))
+            present.append(torch.from_numpy(clip.visibility[n, order] > 0.1))
             clip_of.append(len(frames))
-        frames.append(clip.frames)
+            owners.append(cell_owners(clip.masks[:, order], seen.can_be_told(clip), grid))
+        frames.append(clip.frames[order])
     pyramid = encode_frozen(side.mask_tracker, np.concatenate(frames))
-    targets, present = torch.stack(targets).float(), torch.stack(present)
+    targets, present, owners = torch.stack(targets).float(), torch.stack(present), torch.stack(owners)
     totals: dict[str, torch.Tensor] = {}
-    for masks in side.mask_tracker.propagate(ClipPyramids(pyramid, T, torch.tensor(clip_of)), objects):
-        t = masks.frame_index
-        for name, value in mask_losses(masks, targets[masks.objects, t], present[masks.objects, t]).items():
-            totals[name] = totals.get(name, 0.0) + value / T
-    loss = 5 * totals["bce"] + totals["dice"] + 0.5 * totals["object"] + 0.5 * totals["iou_head"]
-    return {"loss": loss, **totals}
-
-
-def evaluate_video(side: PixelSide, world: WorldConfig, seed: int, clips: int = 24) -> dict[str, float]:
-    """J of objects followed from their true box on the first frame, over the frames that show them."""
-    values, last = [], []
-    size = torch.tensor([world.width, world.height] * 2)
-    for clip in batch_clips(0, clips, seed, world, split="validation"):
-        visible = [n for n in range(len(clip.objects)) if clip.visibility[n, 0] > 0.5]
-        objects = [TrackedObject(0, [MaskPrompt(boxes=torch.from_numpy(clip.boxes[n, :1]) / size)]) for n in visible]
-        pyramid = encode_frames(side.mask_tracker, clip.frames)
-        whole = ClipPyramids(pyramid, len(clip.frames), torch.zeros(len(visible), dtype=torch.int64))
-        for masks in side.mask_tracker.propagate(whole, objects):
+    with matching_attention(side.mask_tracker) as attention:
+        for masks in side.mask_tracker.propagate(ClipPyramids(pyramid, T, torch.tensor(clip_of)), objects):
             t = masks.frame_index
-            targets = torch.from_numpy(clip.masks[visible, t])
+            losses = mask_losses(masks, targets[masks.objects, t], present[masks.objects, t])
+            if attention:
+                remembered = remembered_frames(t, start, side.mask_tracker.new_memory().num_recent)
+                losses["matching"] = matching_loss(attention, owners[masks.objects], t, remembered)
+                attention.clear()
+            for name, value in losses.items():
+                totals[name] = totals.get(name, 0.0) + value * (len(masks.objects) / len(objects) / T)
+    loss = 5 * totals["bce"] + totals["dice"] + 0.5 * totals["object"] + 0.5 * totals["iou_head"]
+    return {"loss": loss + MATCHING_WEIGHT * totals["matching"], **totals}
+
+
+@contextmanager
+def matching_attention(tracker: MaskTracker) -> Iterator[list[torch.Tensor]]:
+    """A list that collects, frame by frame, the attention `(N, h * w, M)` onto the memory in the last layers."""
+    collected: list[torch.Tensor] = []
+    handles = [
+        layer.cross_attn_image.register_forward_hook(lambda module, given, output: collected.append(output[1].mean(1)))
+        for layer in tracker.sam2.memory_attention.layers[-MATCHING_LAYERS:]
+    ]
+    try:
+        yield collected
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def remembered_frames(t: int, start: int, num_recent: int) -> list[int]:
+    """Frames whose maps frame `t` attends to, in the order of [`MemoryBank.spatial`], after a prompt on `start`."""
+    step = 1 if t > start else -1
+    recent = [t - step * distance for distance in range(num_recent, 0, -1)]
+    return [start] + [frame for frame in recent if (frame - start) * step > 0]
+
+
+def cell_owners(masks: np.ndarray, counted: list[bool], grid: tuple[int, int]) -> torch.Tensor:
+    """Which object fills most of each cell of a grid, -1 for none or one that does not count: `(T, h * w)`."""
+    share = F.adaptive_avg_pool2d(torch.from_numpy(masks).float(), tuple(grid)).flatten(2)
+    best, owner = share.max(0)
+    return torch.where((best > 0.5) & torch.tensor(counted)[owner], owner, -1)
+
+
+def matching_loss(attention: list[torch.Tensor], owners: torch.Tensor, t: int, remembered: list[int]) -> torch.Tensor:
+    """-log of the attention that the cells of an object pay to the cells of the same object in memory.
+
+    Args:
+        attention: `(N, h * w, M)` of some layers; the maps of the remembered frames come first in memory.
+        owners: `(N, T, h * w)` object of each cell, -1 for none.
+    """
+    query, memory = owners[:, t], owners[:, remembered].flatten(1)
+    same = (query[:, :, None] == memory[:, None]) & (query >= 0)[:, :, None]
+    known = same.any(-1)
+    if not known.any():
+        return attention[0].sum() * 0.0
+    mass = [(weights[..., : memory.shape[1]] * same).sum(-1)[known] for weights in attention]
+    return -(torch.stack(mass) + 1e-4).log().mean()
+
+
+def true_box(clip: SyntheticClip, n: int, frame: int) -> torch.Tensor:
+    """Box `(1, 4)` of an object on a frame, normalised xyxy."""
+    height, width = clip.frames.shape[1:3]
+    return torch.from_numpy(clip.boxes[n, frame])[None] / torch.tensor([width, height] * 2)
+
+
+def evaluate_video(side: PixelSide, footage: Footage, seed: int, clips: int = 24) -> tuple[float, float]:
+    """J of objects followed from their true box on the first frame, over all frames and on the last one."""
+    values, last = [], []
+    rng = np.random.default_rng(seed)
+    for clip in batch_clips(0, clips, seed, footage.world, split="validation"):
+        order = footage.frame_order(rng)
+        followed = footage.followed(clip, order[0])
+        objects = [TrackedObject(0, [MaskPrompt(boxes=true_box(clip, n, order[0]))]) for n in followed]
+        pyramid = encode_frames(side.mask_tracker, clip.frames[order])
+        whole = ClipPyramids(pyramid, len(order), torch.zeros(len(followed), dtype=torch.int64))
+        for masks in side.mask_tracker.propagate(whole, objects):
+            targets = torch.from_numpy(clip.masks[followed, order[masks.frame_index]])
             logits = F.interpolate(
                 masks.logits[:, None], size=targets.shape[-2:], mode="bilinear", align_corners=False
             )
@@ -297,8 +396,16 @@ def evaluate_video(side: PixelSide, world: WorldConfig, seed: int, clips: int = 
             union = (predicted | targets).flatten(1).sum(1)
             iou = torch.where(union > 0, (predicted & targets).flatten(1).sum(1) / union.clamp(min=1), 1.0)
             values += iou.tolist()
-            last += iou.tolist() if t == len(clip.frames) - 1 else []
-    return {"val_j": float(np.mean(values)), "val_j_last_frame": float(np.mean(last))}
+            last += iou.tolist() if masks.frame_index == len(order) - 1 else []
+    return float(np.mean(values)), float(np.mean(last))
+
+
+def memory_figures(side: PixelSide, footage: list[Footage], seed: int) -> dict[str, float]:
+    """Figures of the stage "video" on whole clips and on frames in random order."""
+    whole = next(seen for seen in footage if seen.jumps is None)
+    jumps = next(seen for seen in footage if seen.jumps is not None)
+    j, last = evaluate_video(side, whole, seed)
+    return {"val_j": j, "val_j_last_frame": last, "val_j_jumps": evaluate_video(side, jumps, seed)[0]}
 
 
 def train_video_stage(
@@ -312,11 +419,15 @@ def train_video_stage(
 ):
     """Stage "video": mask decoder, prompt encoder and memory; what makes the features is frozen.
 
-    Every other step sees long clips full of crossings and occlusions; short ones of both kinds lie between.
+    Three quarters of the steps see frames in random order: whole clips alone teach to look for an object where it was.
     """
     easy = PRESETS[world_name]
     hard = long_world(easy)
-    worlds = [hard, easy, hard, replace(hard, num_frames=8)]
+    short, jumps = (
+        replace(hard, num_frames=8),
+        Footage(hard, jumps=JUMPS),
+    )  # a clip of five jumps takes a ninth of the time of a whole one
+    footage = [Footage(hard), jumps, jumps, jumps, Footage(short), jumps, jumps, jumps]
     side = PixelSide(model, easy)
     side.requires_grad_(False)
     sam2 = side.mask_tracker.sam2
@@ -324,12 +435,15 @@ def train_video_stage(
     sam2.vision_encoder.requires_grad_(False)
     for projection in (sam2.mask_decoder.conv_s0, sam2.mask_decoder.conv_s1):
         projection.requires_grad_(False)
+    for layer in sam2.memory_attention.layers[-MATCHING_LAYERS:]:  # eager attention gives its weights
+        layer.cross_attn_image.config = copy.copy(sam2.config)
+        layer.cross_attn_image.config._attn_implementation = "eager"
     run_stage(
         "video",
         side.mask_tracker,
-        functools.partial(video_step, side=side, worlds=worlds, clips=clips, seed=seed),
+        functools.partial(video_step, side=side, footage=footage, clips=clips, seed=seed, share=process_share()),
         output=output,
         steps=steps,
         learning_rate=learning_rate,
-        evaluate=functools.partial(evaluate_video, side, hard, seed),
+        evaluate=functools.partial(memory_figures, side, footage, seed),
     )

@@ -9,7 +9,8 @@ does all runs that the shipped checkpoint comes from, one after another. One of 
 With `--start` training begins with the weights of a checkpoint; words that it does not know are new. With the seed of
 an earlier run in the same world it would see that run's clips again. Stages: image (segmenter, proposer, region
 features), video (memory), towers, text, visual, motion, polish. Each can be interrupted and goes on where it
-stopped; none needs `video`, which may run beside those after it.
+stopped; none needs `video`, which may run beside those after it and, with `--stages video`, in several processes
+(`torchrun --nproc-per-node 2 -m …`) whose gradients are averaged.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from ..evaluation.files import read_json, write_json
 from ..evaluation.synthetic import evaluate_synthetic
 from ..modeling_sparrow import SparrowForVideoGrounding
 from ..registration import DEFAULT_CHECKPOINT
+from .loop import process_share
 from .pretrain_language import train_language_stage
 from .pretrain_segmenter import train_image_stage, train_video_stage
 from .pretrain_towers import train_tower_stage
@@ -65,7 +67,7 @@ RECIPES = {
     # and the towers learn along with the answers
     "answers": {"video": (900, 4), "visual": (2500, 6)},
     # the memory alone
-    "memory": {"video": (680, 4)},
+    "memory": {"video": (850, 4)},
 }
 # what ends every run: put the weights together, choose the rules, measure the test splits
 CLOSING = ("assemble", "rules", "test")
@@ -77,9 +79,10 @@ RUNS = (
     ("longer", "train", 2),
     ("answers", "train", 3),
     ("memory", "train", 4),
+    ("memory", "train", 5),
 )
-# learning rate of the stage video: the better the memory is, the less it should be shaken
-VIDEO_RATES = {"scratch": 8e-4, "grow": 6e-4, "longer": 4e-4, "answers": 4e-4, "memory": 4e-4}
+# learning rate of the stage video: the better the memory is, the less it should be shaken, but for a new layer
+VIDEO_RATES = {"scratch": 8e-4, "grow": 6e-4, "longer": 4e-4, "answers": 4e-4, "memory": 6e-4}
 # rules of the choice among proposals and of prompting, and the values among which held-out clips choose
 RULES = {
     "score_threshold": (0.5, 0.6, 0.7),
@@ -124,7 +127,7 @@ def load_checkpoint(model: SparrowForVideoGrounding, tokenizer: PreTrainedTokeni
     """Put the weights of a checkpoint of the same widths into the model; the row of a word goes where the word is now.
 
     Raises:
-        ValueError: the checkpoint lacks a weight, or has more language layers.
+        ValueError: the checkpoint lacks a weight, or has more layers.
         RuntimeError: it has one in another shape.
     """
     earlier = SparrowForVideoGrounding.from_pretrained(start)
@@ -144,22 +147,33 @@ def load_checkpoint(model: SparrowForVideoGrounding, tokenizer: PreTrainedTokeni
 
 
 def _insert_layers(earlier: SparrowForVideoGrounding, model: SparrowForVideoGrounding):
-    """Give the language model of `earlier` the layers that `model` has more, behind its first one. They add nothing to
-    their input at first, so that it answers as before.
+    """Give `earlier` the layers that `model` has more: of the language model behind its first one, of the memory
+    attention behind its last one. They add nothing to their input at first, so that it answers as before.
 
     Raises:
         ValueError: `model` has fewer.
     """
-    language_model = earlier.model.host.language_model.model
-    old, new = language_model.layers, model.model.host.language_model.model.layers
-    extra = len(new) - len(old)
-    if extra < 0:
-        raise ValueError(f"The checkpoint has {len(old)} language layers, sparrow-tiny {len(new)}: it cannot shrink.")
-    inserted = new[1 : 1 + extra]
-    for layer in inserted:
+    old, new = earlier.model.host.language_model.model, model.model.host.language_model.model
+    for layer in _extra_layers(old, new, after=1):
         layer.self_attn.o_proj.weight.zero_()
         layer.mlp.down_proj.weight.zero_()
-    language_model.layers = nn.ModuleList([old[0], *inserted, *old[1:]])
+    old, new = (core.model.mask_tracker.sam2.memory_attention for core in (earlier, model))
+    for layer in _extra_layers(old, new, after=len(old.layers)):
+        for last in (layer.self_attn.o_proj, layer.cross_attn_image.o_proj, layer.linear2):
+            last.weight.zero_()
+            last.bias.zero_()
+
+
+def _extra_layers(old: nn.Module, new: nn.Module, after: int) -> list[nn.Module]:
+    """Move the layers that `new` has more into `old`, behind its first `after`; returns them."""
+    extra = len(new.layers) - len(old.layers)
+    if extra < 0:
+        raise ValueError(
+            f"The checkpoint has {len(old.layers)} layers where sparrow-tiny has {len(new.layers)}: it cannot shrink."
+        )
+    inserted = list(new.layers[after : after + extra])
+    old.layers = nn.ModuleList([*old.layers[:after], *inserted, *old.layers[after:]])
+    return inserted
 
 
 def load_stage(model: SparrowForVideoGrounding, output: Path, stage: str):
@@ -396,6 +410,8 @@ def main():
                 parser.error(f"--{name} goes with one --recipe, which is not named")
         run_all(options.output, options.checkpoint, options.steps_scale)
         return
+    if process_share()[1] > 1 and options.stages != ["video"]:
+        parser.error("several processes share nothing but the stage video: add --stages video")
     plan = RECIPES[options.recipe]
     if (options.recipe == "scratch") != (options.start is None):
         parser.error("--start goes with every recipe but scratch, and these need it")

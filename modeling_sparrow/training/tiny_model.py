@@ -46,7 +46,7 @@ def sam2_settings(image_size: int = SEGMENTER_SIZE, hidden_size: int = 128) -> d
         },
         "multimask_output_in_sam": False,
         "memory_attention_hidden_size": hidden_size,
-        "memory_attention_num_layers": 2,
+        "memory_attention_num_layers": 3,
         "memory_attention_feed_forward_hidden_size": 256,
         "memory_attention_dropout": 0.0,
         "memory_attention_rope_dropout": 0.0,

@@ -3,16 +3,23 @@
 import functools
 import itertools
 import json
+import math
+import os
 import shutil
+import socket
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from modeling_sparrow.cli import load_model
 from modeling_sparrow.filtration_head import FiltrationOutput
+from modeling_sparrow.frame_pyramid import ClipPyramids
+from modeling_sparrow.mask_tracker import MaskPrompt, TrackedObject
 from modeling_sparrow.region_proposer import RegionProposals
 from modeling_sparrow.registration import DEFAULT_CHECKPOINT
 from modeling_sparrow.training import (
@@ -170,6 +177,140 @@ def test_a_deeper_language_model_answers_as_before(small_start, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(ValueError, match="it cannot shrink"):
         pretrain_tiny.new_model(0, small_start / "deep")
+
+
+def test_a_deeper_memory_attention_adds_nothing_at_first(small_start, monkeypatch):
+    shallow, _ = pretrain_tiny.new_model(0, small_start)
+    config = pretrain_tiny.tiny_config
+
+    def deepen(*arguments, **ids):
+        deeper = config(*arguments, **ids)
+        deeper.mask_tracker_config.sam2_config.memory_attention_num_layers += 1
+        return deeper
+
+    monkeypatch.setattr(pretrain_tiny, "tiny_config", deepen)
+    deep, _ = pretrain_tiny.new_model(0, small_start)
+    clip = generate_clip(split_seed("validation", 0), PRESETS["hard"])
+    box = pretrain_segmenter.true_box(clip, 0, 0)
+    before, after = (
+        list(_tracker(model).propagate(_whole(model, clip), [TrackedObject(0, [MaskPrompt(boxes=box)])]))
+        for model in (shallow.eval(), deep.eval())
+    )
+    assert len(_tracker(deep).sam2.memory_attention.layers) == len(_tracker(shallow).sam2.memory_attention.layers) + 1
+    for old, new in zip(before, after, strict=True):
+        torch.testing.assert_close(new.raw_logits, old.raw_logits, atol=1e-3, rtol=1e-4)
+
+
+def _tracker(model):
+    return model.model.mask_tracker
+
+
+@torch.no_grad()
+def _whole(model, clip, objects=1):
+    pyramid = pretrain_segmenter.encode_frames(_tracker(model), clip.frames)
+    return ClipPyramids(pyramid, len(clip.frames), torch.zeros(objects, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("start", [0, 9])
+def test_remembered_frames_are_those_of_the_memory(start, monkeypatch, small_start):
+    model, _ = load_model(str(small_start), "cpu")
+    tracker = _tracker(model)
+    encode, seen = tracker.remember, {}
+
+    def remember(pyramid, masks, prompted):  # a memory that says which frame it is of
+        memory = encode(pyramid, masks, prompted)
+        memory.features = torch.full_like(memory.features, float(masks.frame_index))
+        return memory
+
+    condition = tracker.condition
+
+    def listen(pyramid, memory, frame_index, num_frames=None, reverse=False):
+        maps = memory.spatial(frame_index, reverse, tracker.config.sam2_config.max_cond_frame_num)
+        seen[frame_index] = [int(features[0, 0, 0]) for _, features in maps]
+        return condition(pyramid, memory, frame_index, num_frames, reverse)
+
+    monkeypatch.setattr(tracker, "remember", remember)
+    monkeypatch.setattr(tracker, "condition", listen)
+    clip = generate_clip(split_seed("validation", 0), PRESETS["hard"])
+    box = pretrain_segmenter.true_box(clip, 0, start)
+    list(tracker.propagate(_whole(model, clip), [TrackedObject(start, [MaskPrompt(boxes=box)])]))
+    assert len(seen) == 15
+    for t, frames in seen.items():
+        assert frames == pretrain_segmenter.remembered_frames(t, start, tracker.new_memory().num_recent)
+
+
+def test_attention_is_led_to_the_same_object():
+    owners = torch.tensor([[[0, 1, -1, 1], [1, 0, -1, -1], [-1, 1, 0, 1]]])  # three frames of four cells
+    right = torch.tensor(
+        [
+            [
+                [0, 0, 0, 0, 0, 0, 0, 0, 1.0],
+                [0, 0.5, 0, 0.5, 0, 0, 0, 0, 0],
+                [1, 0, 0, 0, 0, 0, 0, 0, 0],
+                [0] * 4 + [1] + [0] * 4,
+            ]
+        ]
+    )  # onto frames 0 and 1 and a pointer
+    loss = pretrain_segmenter.matching_loss([right], owners, 2, [0, 1])
+    assert loss == pytest.approx(math.log(1 / (1 + 1e-4)), abs=1e-6)  # the first cell has no owner: it may look away
+    right[0, 2] = torch.tensor([0, 1.0] + [0] * 7)  # object 0 looks at object 1
+    wrong = pretrain_segmenter.matching_loss([right], owners, 2, [0, 1])
+    assert wrong == pytest.approx(-math.log(1e-4) / 3, rel=1e-3)
+    nobody = torch.full_like(owners, -1)
+    assert pretrain_segmenter.matching_loss([right], nobody, 2, [0, 1]) == 0
+
+
+def test_cells_belong_to_what_fills_them_and_can_be_told():
+    masks = np.zeros((2, 1, 4, 4), bool)
+    masks[0, 0, :2, :2], masks[1, 0, :2, 2:] = True, True
+    masks[1, 0, 2, 0] = True  # a quarter of a cell
+    assert pretrain_segmenter.cell_owners(masks, [True, True], (2, 2)).tolist() == [[0, 1, -1, -1]]
+    assert pretrain_segmenter.cell_owners(masks, [True, False], (2, 2)).tolist() == [[0, -1, -1, -1]]
+
+
+def test_after_jumps_only_what_is_unlike_all_others_is_followed():
+    clip = generate_clip(split_seed("train", 0), PRESETS["hard"])
+    for thing, colour in zip(clip.objects, ("red", "red", "blue", "green", "white"), strict=False):
+        thing.noun, thing.colour, thing.size = "cat", colour, "small"
+    clip.visibility[:] = 1.0
+    whole = pretrain_segmenter.Footage(PRESETS["hard"])
+    jumps = pretrain_segmenter.Footage(PRESETS["hard"], jumps=5)
+    everyone = list(range(len(clip.objects)))
+    assert whole.followed(clip, 0) == everyone and jumps.followed(clip, 0) == everyone[2:]
+    order = jumps.frame_order(np.random.default_rng(0))
+    assert len(set(order.tolist())) == 5 and sorted(order.tolist()) != order.tolist()
+    assert whole.frame_order(np.random.default_rng(0)).tolist() == list(range(16))
+
+
+PROCESS = """
+import sys, torch
+from pathlib import Path
+from torch import nn
+from modeling_sparrow.training.loop import process_share, run_stage
+torch.manual_seed(0)
+module = nn.Linear(3, 1)
+def step(number):
+    rank, processes = process_share()
+    draws = [number * 2 + rank] if processes == 2 else [number * 2, number * 2 + 1]
+    inputs = torch.cat([torch.randn(4, 3, generator=torch.Generator().manual_seed(draw)) for draw in draws])
+    return {"loss": (module(inputs) - inputs.sum(1, keepdim=True)).square().mean()}
+run_stage("toy", module, step, output=Path(sys.argv[1]), steps=8, learning_rate=0.1, warmup=2)
+"""
+
+
+def test_two_processes_take_the_steps_of_one(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    runs = [({}, "alone"), ({**together, "RANK": "0"}, "both"), ({**together, "RANK": "1"}, "both")]
+    processes = [
+        subprocess.Popen([sys.executable, "-c", PROCESS, str(tmp_path / folder)], env=os.environ | settings)
+        for settings, folder in runs
+    ]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0, 0]
+    alone, both = (load_file(tmp_path / folder / "toy.safetensors") for folder in ("alone", "both"))
+    torch.testing.assert_close(both, alone, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("interrupted_at", [2, 5])
