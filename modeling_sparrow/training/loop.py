@@ -68,7 +68,7 @@ def run_stage(
 
     Args:
         name: of the stage; its files in `output` are `<name>.safetensors` (weights), `<name>.state` (optimizer) and
-            `<name>.jsonl` (losses and figures by step).
+            `<name>.jsonl` (losses and figures by step, seconds of all processes together).
         training_step: called with the step, returns named losses with `loss` among them.
         evaluate: figures on held-out data, called with the module in eval mode.
     """
@@ -108,7 +108,8 @@ def run_stage(
                 with torch.no_grad():
                     record |= {key: round(float(value), 4) for key, value in evaluate().items()}
             if record:
-                record = {"step": done, "seconds": round(time.perf_counter() - began, 1), **record}
+                seconds = (time.perf_counter() - began) * processes
+                record = {"step": done, "seconds": round(seconds, 1), **record}
                 log.write(json.dumps(record) + "\n")
                 log.flush()
             if done % save_every == 0 or done == steps:

@@ -12,7 +12,7 @@ SEGMENTER_SIZE = 256  # finer: masks are decoded at a quarter of this
 
 
 def sam2_settings(image_size: int = SEGMENTER_SIZE, hidden_size: int = 128) -> dict:
-    """Fields of a `Sam2VideoConfig` of 2.3 M parameters."""
+    """Fields of a `Sam2VideoConfig` of 2.5 M parameters."""
     dims = [24, 48, 96, 192]
     sizes = [[image_size // stride] * 2 for stride in (4, 8, 16)]
     return {
