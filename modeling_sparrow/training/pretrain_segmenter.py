@@ -283,8 +283,8 @@ def video_step(
     masks.
 
     Args:
-        clips: for each process; twice as many where frames jump.
-        share: rank and number of the processes that take a step together.
+        clips: of a step; twice as many where frames jump.
+        share: rank and number of the processes that share them.
     """
     rank, processes = share
     draw = step * processes + rank
@@ -295,7 +295,7 @@ def video_step(
     start = 0 if rng.random() < 0.7 else int(rng.integers(T))
     grid = side.mask_tracker.config.sam2_config.memory_attention_rope_feat_sizes
     frames, targets, present, objects, clip_of, owners = [], [], [], [], [], []
-    count = clips if seen.jumps is None else 2 * clips
+    count = (clips if seen.jumps is None else 2 * clips) // processes
     for clip in batch_clips(draw, count, seed + 1, seen.world):
         order = seen.frame_order(rng)
         nouns = [thing.noun for thing in clip.objects]
@@ -419,16 +419,19 @@ def train_video_stage(
 ):
     """Stage "video": mask decoder, prompt encoder and memory; what makes the features is frozen.
 
-    Three quarters of the steps see frames in random order: whole clips alone teach to look for an object where it was.
+    Three quarters of the steps see frames in random order, which take a ninth of the time of a whole clip: whole clips
+    alone teach to look for an object where it was.
+
+    Raises:
+        ValueError: the clips cannot be dealt out evenly among the processes.
     """
-    easy = PRESETS[world_name]
-    hard = long_world(easy)
-    short, jumps = (
-        replace(hard, num_frames=8),
-        Footage(hard, jumps=JUMPS),
-    )  # a clip of five jumps takes a ninth of the time of a whole one
-    footage = [Footage(hard), jumps, jumps, jumps, Footage(short), jumps, jumps, jumps]
-    side = PixelSide(model, easy)
+    share = process_share()
+    if clips % share[1]:
+        raise ValueError(f"{clips} clips a step cannot be dealt out evenly among {share[1]} processes: use fewer.")
+    hard = long_world(PRESETS[world_name])
+    jumps = Footage(hard, jumps=JUMPS)
+    footage = [Footage(hard), jumps, jumps, jumps, Footage(replace(hard, num_frames=8)), jumps, jumps, jumps]
+    side = PixelSide(model, hard)
     side.requires_grad_(False)
     sam2 = side.mask_tracker.sam2
     sam2.requires_grad_(True)
@@ -441,7 +444,7 @@ def train_video_stage(
     run_stage(
         "video",
         side.mask_tracker,
-        functools.partial(video_step, side=side, footage=footage, clips=clips, seed=seed, share=process_share()),
+        functools.partial(video_step, side=side, footage=footage, clips=clips, seed=seed, share=share),
         output=output,
         steps=steps,
         learning_rate=learning_rate,

@@ -10,7 +10,7 @@ With `--start` training begins with the weights of a checkpoint; words that it d
 an earlier run in the same world it would see that run's clips again. Stages: image (segmenter, proposer, region
 features), video (memory), towers, text, visual, motion, polish. Each can be interrupted and goes on where it
 stopped; none needs `video`, which may run beside those after it and, with `--stages video`, in several processes
-(`torchrun --nproc-per-node 2 -m …`) whose gradients are averaged.
+(`torchrun --nproc-per-node 2 -m -- …`) whose gradients are averaged.
 """
 
 import argparse
@@ -66,8 +66,8 @@ RECIPES = {
     "longer": {"video": (1550, 4), "towers": (2400, 16), "visual": (2400, 6)},
     # and the towers learn along with the answers
     "answers": {"video": (900, 4), "visual": (2500, 6)},
-    # the memory alone
-    "memory": {"video": (850, 4)},
+    # the memory alone; two processes take half of the clips each
+    "memory": {"video": (850, 8)},
 }
 # what ends every run: put the weights together, choose the rules, measure the test splits
 CLOSING = ("assemble", "rules", "test")
