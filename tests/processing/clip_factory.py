@@ -1,5 +1,8 @@
 """Small clips for the tests, made on the spot. Every picture carries its own number, so order can be checked."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -36,6 +39,21 @@ def corner_colors(picture: np.ndarray) -> list[tuple[int, int, int]]:
     return [tuple(colors[index].tolist()) for index in nearest]
 
 
+@contextmanager
+def same_scheduling() -> Iterator[None]:
+    """SVT-AV1, run by root, puts the thread that calls it under real-time scheduling: whatever that starts later, such
+    as a browser, would keep all else from running."""
+    if not hasattr(os, "sched_setscheduler"):
+        yield
+        return
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, parameters)
+
+
+@same_scheduling()
 def write_clip(
     path: str | Path,
     count: int = 12,

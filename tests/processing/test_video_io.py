@@ -48,6 +48,11 @@ def clip(request, tmp_path):
     return write_clip(tmp_path / f"clip.{request.param}", count=20, **KINDS[request.param])
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="needs the scheduling calls of Linux")
+def test_clips_are_made_without_a_change_of_scheduling(clip):
+    assert os.sched_getscheduler(0) != os.SCHED_FIFO
+
+
 def numbers(frames):
     return [number_of(frame) for frame in frames]
 

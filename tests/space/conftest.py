@@ -29,13 +29,6 @@ CHROMIUM_FLAGS = [
 START_SECONDS = 180
 
 
-@pytest.fixture(scope="session")
-def ordinary_scheduling():
-    """Under real-time scheduling, which children inherit, a busy browser keeps those that drive it from running."""
-    if hasattr(os, "sched_setscheduler"):
-        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
-
-
 @contextmanager
 def serving(model: Path | None) -> Iterator[str]:
     """The address of a demo that runs as a user starts it."""
@@ -68,13 +61,13 @@ def _wait_for(address: str, server: subprocess.Popen):
 
 
 @pytest.fixture(scope="session")
-def demo(answering, ordinary_scheduling) -> Iterator[str]:  # noqa: F811
+def demo(answering) -> Iterator[str]:  # noqa: F811
     with serving(answering) as address:
         yield address
 
 
 @pytest.fixture(scope="session")
-def browser(ordinary_scheduling):
+def browser():
     """Chromium as the system has it. CI installs it; elsewhere the tests are left out without it."""
     path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if path is None and os.environ.get("CI"):
