@@ -29,8 +29,7 @@ from .tiny_model import initialize_attributes, initialize_for_scratch
 
 JITTER = 1.5 / 128  # of the corners of true boxes, normalised: as much as those of proposals are off
 JUMPS = 5  # frames of a clip in random order
-# layers of the memory attention, the last ones, that are led from an object to the same object in memory
-MATCHING_LAYERS, MATCHING_WEIGHT = 1, 0.1
+MATCHING_WEIGHT = 0.1  # of the loss that leads attention from an object to the same object in memory
 
 
 class PixelSide(nn.Module):
@@ -318,8 +317,7 @@ def video_step(
             losses = mask_losses(masks, targets[masks.objects, t], present[masks.objects, t])
             if attention:
                 remembered = remembered_frames(t, start, side.mask_tracker.new_memory().num_recent)
-                losses["matching"] = matching_loss(attention, owners[masks.objects], t, remembered)
-                attention.clear()
+                losses["matching"] = matching_loss(attention.pop(), owners[masks.objects], t, remembered)
             for name, value in losses.items():
                 totals[name] = totals.get(name, 0.0) + value * (len(masks.objects) / len(objects) / T)
     loss = 5 * totals["bce"] + totals["dice"] + 0.5 * totals["object"] + 0.5 * totals["iou_head"]
@@ -328,17 +326,18 @@ def video_step(
 
 @contextmanager
 def matching_attention(tracker: MaskTracker) -> Iterator[list[torch.Tensor]]:
-    """A list that collects, frame by frame, the attention `(N, h * w, M)` onto the memory in the last layers."""
+    """A list that gets the attention `(N, h * w, M)` of the last layer onto the memory, one for each call."""
     collected: list[torch.Tensor] = []
-    handles = [
-        layer.cross_attn_image.register_forward_hook(lambda module, given, output: collected.append(output[1].mean(1)))
-        for layer in tracker.sam2.memory_attention.layers[-MATCHING_LAYERS:]
-    ]
+    attention = tracker.sam2.memory_attention.layers[-1].cross_attn_image
+    config = attention.config
+    attention.config = copy.copy(config)
+    attention.config._attn_implementation = "eager"  # the others do not give their weights
+    handle = attention.register_forward_hook(lambda module, given, output: collected.append(output[1].mean(1)))
     try:
         yield collected
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
+        attention.config = config
 
 
 def remembered_frames(t: int, start: int, num_recent: int) -> list[int]:
@@ -355,20 +354,20 @@ def cell_owners(masks: np.ndarray, counted: list[bool], grid: tuple[int, int]) -
     return torch.where((best > 0.5) & torch.tensor(counted)[owner], owner, -1)
 
 
-def matching_loss(attention: list[torch.Tensor], owners: torch.Tensor, t: int, remembered: list[int]) -> torch.Tensor:
+def matching_loss(attention: torch.Tensor, owners: torch.Tensor, t: int, remembered: list[int]) -> torch.Tensor:
     """-log of the attention that the cells of an object pay to the cells of the same object in memory.
 
     Args:
-        attention: `(N, h * w, M)` of some layers; the maps of the remembered frames come first in memory.
+        attention: `(N, h * w, M)`; the maps of the remembered frames come first in memory.
         owners: `(N, T, h * w)` object of each cell, -1 for none.
     """
     query, memory = owners[:, t], owners[:, remembered].flatten(1)
     same = (query[:, :, None] == memory[:, None]) & (query >= 0)[:, :, None]
     known = same.any(-1)
     if not known.any():
-        return attention[0].sum() * 0.0
-    mass = [(weights[..., : memory.shape[1]] * same).sum(-1)[known] for weights in attention]
-    return -(torch.stack(mass) + 1e-4).log().mean()
+        return attention.sum() * 0.0
+    mass = (attention[..., : memory.shape[1]] * same).sum(-1)[known]
+    return -(mass + 1e-4).log().mean()
 
 
 def true_box(clip: SyntheticClip, n: int, frame: int) -> torch.Tensor:
@@ -438,9 +437,6 @@ def train_video_stage(
     sam2.vision_encoder.requires_grad_(False)
     for projection in (sam2.mask_decoder.conv_s0, sam2.mask_decoder.conv_s1):
         projection.requires_grad_(False)
-    for layer in sam2.memory_attention.layers[-MATCHING_LAYERS:]:  # eager attention gives its weights
-        layer.cross_attn_image.config = copy.copy(sam2.config)
-        layer.cross_attn_image.config._attn_implementation = "eager"
     run_stage(
         "video",
         side.mask_tracker,

@@ -251,13 +251,13 @@ def test_attention_is_led_to_the_same_object():
             ]
         ]
     )  # onto frames 0 and 1 and a pointer
-    loss = pretrain_segmenter.matching_loss([right], owners, 2, [0, 1])
+    loss = pretrain_segmenter.matching_loss(right, owners, 2, [0, 1])
     assert loss == pytest.approx(math.log(1 / (1 + 1e-4)), abs=1e-6)  # the first cell has no owner: it may look away
     right[0, 2] = torch.tensor([0, 1.0] + [0] * 7)  # object 0 looks at object 1
-    wrong = pretrain_segmenter.matching_loss([right], owners, 2, [0, 1])
+    wrong = pretrain_segmenter.matching_loss(right, owners, 2, [0, 1])
     assert wrong == pytest.approx(-math.log(1e-4) / 3, rel=1e-3)
     nobody = torch.full_like(owners, -1)
-    assert pretrain_segmenter.matching_loss([right], nobody, 2, [0, 1]) == 0
+    assert pretrain_segmenter.matching_loss(right, nobody, 2, [0, 1]) == 0
 
 
 def test_cells_belong_to_what_fills_them_and_can_be_told():
