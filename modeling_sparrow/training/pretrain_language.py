@@ -27,7 +27,7 @@ from ..losses import box_regression_loss, filtration_class_loss, filtration_targ
 from ..mask_tracker import MaskPrompt
 from ..modeling_sparrow import SparrowForVideoGrounding
 from ..region_proposer import RegionProposals
-from .loop import run_stage
+from .loop import computes_in_bfloat16, run_stage
 from .object_facts import EVENT_NAMES, MOST_RANKS, RANK_NAMES, ObjectFacts, object_facts
 from .packed_questions import (
     WELL_SEEN,
@@ -157,7 +157,7 @@ def language_states(
     prefix = shared_ids(side.processor, len(clips[0].frames) if with_video else 0)
     packed = pack_questions(side.processor, side.model.config, prefix, len(clips), questions)
     questions[:] = packed.order
-    with torch.autocast("cpu", torch.bfloat16, enabled=side.training):
+    with torch.autocast("cpu", torch.bfloat16, enabled=side.training and computes_in_bfloat16()):
         output = side.language_model(
             inputs_embeds=_embed(side, packed.ids, clips, with_video),
             attention_mask=packed.mask,

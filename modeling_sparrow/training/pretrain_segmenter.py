@@ -24,7 +24,7 @@ from ..frame_pyramid import ClipPyramids, FramePyramid
 from ..losses import mask_bce_loss, mask_dice_loss
 from ..mask_tracker import FrameMasks, MaskPrompt, MaskTracker, TrackedObject
 from ..modeling_sparrow import SparrowForVideoGrounding
-from .loop import process_share, run_stage
+from .loop import computes_in_bfloat16, process_share, run_stage
 from .tiny_model import initialize_attributes, initialize_for_scratch
 
 JITTER = 1.5 / 128  # of the corners of true boxes, normalised: as much as those of proposals are off
@@ -63,8 +63,9 @@ def encode_frames(tracker: MaskTracker, frames: np.ndarray) -> FramePyramid:
 
 @torch.no_grad()
 def encode_frozen(tracker: MaskTracker, frames: np.ndarray) -> FramePyramid:
-    """The same for training what comes behind the encoder: in bfloat16, which takes less than half of the time."""
-    with torch.autocast("cpu", torch.bfloat16):
+    """The same for training what comes behind the encoder: where the CPU can, in bfloat16, which takes less than half
+    of the time."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=computes_in_bfloat16()):
         return encode_frames(tracker, frames).float()
 
 

@@ -258,6 +258,8 @@ def assemble(
     model, processor = new_model(seed, start)
     for stage in RECIPES[recipe]:
         load_stage(model, output, stage)
+    if start is not None:  # its rules hold until others are chosen
+        _copy_rules(SparrowConfig.from_pretrained(start), model.config)
     model.generation_config.update(do_sample=False, max_new_tokens=16)  # "it is [BOX] [SEG] ."
     model.save_pretrained(checkpoint)
     processor.save_pretrained(checkpoint)
@@ -300,8 +302,7 @@ def choose_rules(checkpoint: Path, clips: int = 64):
         setattr(_owner(model.config, name), name, best)
         logger.info("%s: %s of %s", name, best, figures[name])
     config = SparrowConfig.from_pretrained(checkpoint)  # without what loading the weights has added
-    for name in RULES:
-        setattr(_owner(config, name), name, getattr(_owner(model.config, name), name))
+    _copy_rules(model.config, config)
     config.save_pretrained(checkpoint)
     history = checkpoint / "training.json"
     write_json(history, read_json(history) | {"validation_j_and_f": figures})
@@ -324,6 +325,11 @@ def _owner(config: SparrowConfig, rule: str) -> SparrowConfig | FiltrationHeadCo
     """The configuration that has a rule."""
     parts = (config, config.filtration_config)
     return next(part for part in parts if hasattr(part, rule))
+
+
+def _copy_rules(source: SparrowConfig, target: SparrowConfig):
+    for name in RULES:
+        setattr(_owner(target, name), name, getattr(_owner(source, name), name))
 
 
 def _summary(log: Path) -> dict:

@@ -32,9 +32,12 @@ from modeling_sparrow.training import (
 )
 from modeling_sparrow.training.loop import run_stage
 from modeling_sparrow.training.object_facts import EVENT_NAMES, object_facts
+from modeling_sparrow.training.tiny_model import tiny_config
 from sparrow_processing import SparrowProcessor, open_video
 from sparrow_processing.synthetic import PRESETS, Expression, all_expressions, generate_clip, split_seed
 from sparrow_processing.synthetic.words import EVENTS
+
+UNTRAINED = tiny_config().filtration_config  # with rules that no clips have chosen
 
 
 @pytest.fixture
@@ -70,6 +73,10 @@ def test_every_stage_in_turn_and_a_checkpoint_that_grounds(recipe, small_start, 
     pretrain_tiny.assemble(tmp_path, tmp_path / "final", "train", seed=0, recipe=recipe, start=small_start)
     history = json.loads((tmp_path / "final" / "training.json").read_text())
     assert history["start"] == {"world": "shapes"} and set(history["stages"]) == set(plan)
+    before, after = (json.loads((path / "config.json").read_text()) for path in (small_start, tmp_path / "final"))
+    assert after["num_prompt_frames"] == before["num_prompt_frames"]
+    for rule in ("score_threshold", "fallback_threshold"):
+        assert after["filtration_config"][rule] == before["filtration_config"][rule] != getattr(UNTRAINED, rule)
     model, processor = load_model(str(tmp_path / "final"), "cpu")
     clip = generate_clip(split_seed("validation", 0), PRESETS["train"])
     inputs = processor(text="the red ring", videos=open_video(clip.frames, fps=8.0), task="refer")
@@ -280,6 +287,22 @@ def test_after_jumps_only_what_is_unlike_all_others_is_followed():
     order = jumps.frame_order(np.random.default_rng(0))
     assert len(set(order.tolist())) == 5 and sorted(order.tolist()) != order.tolist()
     assert whole.frame_order(np.random.default_rng(0)).tolist() == list(range(16))
+
+
+class FakePyramid:
+    def __init__(self, features: torch.Tensor):
+        self.made_in = features.dtype
+
+    def float(self):
+        return self
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_frozen_features_are_made_in_bfloat16_where_the_cpu_has_it(able, monkeypatch):
+    monkeypatch.setattr(pretrain_segmenter, "computes_in_bfloat16", lambda: able)
+    monkeypatch.setattr(pretrain_segmenter, "encode_frames", lambda tracker, frames: FakePyramid(frames @ frames))
+    made_in = pretrain_segmenter.encode_frozen(None, torch.ones(2, 2)).made_in
+    assert made_in == (torch.bfloat16 if able else torch.float32)
 
 
 PROCESS = """
