@@ -45,7 +45,7 @@ def process_share() -> tuple[int, int]:
         return 0, 1
     if not distributed.is_initialized():
         distributed.init_process_group("gloo")
-        # threads of the group that still run when the interpreter ends would abort the process
+        # threads of the group that still run when the interpreter ends can abort the process
         atexit.register(distributed.destroy_process_group)
     return distributed.get_rank(), distributed.get_world_size()
 
