@@ -33,7 +33,7 @@ from ..evaluation.files import read_json, write_json
 from ..evaluation.synthetic import evaluate_synthetic
 from ..modeling_sparrow import SparrowForVideoGrounding
 from ..registration import DEFAULT_CHECKPOINT
-from .loop import process_share
+from .loop import computes_in_bfloat16, process_share
 from .pretrain_language import train_language_stage
 from .pretrain_segmenter import train_image_stage, train_video_stage
 from .pretrain_towers import train_tower_stage
@@ -225,6 +225,8 @@ def train_stage(
         if not (output / f"{earlier}.safetensors").exists():
             raise FileNotFoundError(f"Stage {stage!r} needs stage {earlier!r}: run it first.")
         load_stage(model, output, earlier)
+    if not computes_in_bfloat16():
+        logger.info("%s: this CPU has no bfloat16, so everything is float32 and takes longer", stage)
     began = time.time()
     if stage == "image":
         train_image_stage(model, output, world, steps, clips, seed, from_scratch)
