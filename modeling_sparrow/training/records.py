@@ -30,6 +30,7 @@ from sparrow_processing.results import decode_mask, mask_to_box, validate_rle
 from sparrow_processing.synthetic import (
     DIALOGUE_KINDS,
     KINDS,
+    MAX_SAMPLED,
     PRESETS,
     WorldConfig,
     all_dialogues,
@@ -410,6 +411,7 @@ class SyntheticRecords:
         questions_per_video: of each clip.
         kinds: of dialogues, drawn equally often; by default those of the world's expressions, captions, time spans and
             plain questions.
+        sampled_frames: that the language model sees of a clip at most; time spans count in these.
     """
 
     split: str = "train"
@@ -419,6 +421,7 @@ class SyntheticRecords:
     size: int = 1_000_000
     questions_per_video: int = 4
     kinds: list[str] | None = None
+    sampled_frames: int = MAX_SAMPLED
 
     def __post_init__(self):
         split_seed(self.split, 0, self.seed)
@@ -439,7 +442,8 @@ class SyntheticRecords:
         clip = generate_clip(split_seed(self.split, index, self.seed), self.config)
         objects = recorded_objects(clip.masks)
         kinds = self.kinds or (*self.config.kinds, *DIALOGUE_KINDS)
-        possible = [dialogue for dialogue in all_dialogues(clip, rng) if dialogue.kind in kinds]
+        seen = min(self.sampled_frames, len(clip.frames))
+        possible = [dialogue for dialogue in all_dialogues(clip, rng, seen) if dialogue.kind in kinds]
         dialogues = sample_expressions(possible, self.questions_per_video, rng)
         if not dialogues:
             raise SkipRecordError("no question fits the generated clip")

@@ -137,7 +137,7 @@ def _prepare_grounding(settings: GroundingStage, start: Start, num_samples: int)
     shown = (settings.frames, settings.tracked_features)
 
     def mixture(sources, training, count, seed):
-        opened = [source.open_records() for source in sources]
+        opened = [source.open_records(processor.num_frames) for source in sources]
         build = SampleBuilder(processor, longest, *shown, training, grounded_only="ce_loss" not in weights)
         return MixtureDataset(opened, [source.weight for source in sources], build, count, seed)
 

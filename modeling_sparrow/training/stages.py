@@ -12,6 +12,8 @@ Each is one YAML file; `lora: null` with other `trainable` parts makes the secon
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from sparrow_processing.synthetic import MAX_SAMPLED
+
 from .lora import LoraSettings
 from .pictures import CocoPictures, SyntheticPictures
 from .records import RecordFile, SyntheticRecords
@@ -72,7 +74,8 @@ class RecordsSource:
     questions_per_video: int = 1
     weight: float = 1.0
 
-    def open_records(self) -> RecordFile:
+    def open_records(self, num_frames: int) -> RecordFile:
+        """The records, whatever `num_frames` the language model sees of a video: their answers are as written."""
         return RecordFile(self.path, self.split, self.questions_per_video)
 
 
@@ -90,9 +93,11 @@ class SyntheticSource:
     kinds: list[str] | None = None
     weight: float = 1.0
 
-    def open_records(self) -> SyntheticRecords:
+    def open_records(self, num_frames: int) -> SyntheticRecords:
+        """Records whose time spans count in the `num_frames` that the language model sees of a video."""
         world = (self.split, self.preset, self.world, self.seed, self.size)
-        return SyntheticRecords(*world, self.questions_per_video, self.kinds)
+        sampled = min(num_frames, MAX_SAMPLED)
+        return SyntheticRecords(*world, self.questions_per_video, self.kinds, sampled)
 
     def open_pictures(self) -> SyntheticPictures:
         return SyntheticPictures(self.split, self.preset, self.world, self.seed, self.size)

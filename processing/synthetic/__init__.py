@@ -1,6 +1,16 @@
 """The generated referring-video world: trains and tests the tiny model without any download."""
 
-from .answers import DIALOGUE_KINDS, VOCABULARY, Dialogue, all_dialogues, refer_dialogue
+from .answers import (
+    DIALOGUE_KINDS,
+    MANY_ANSWER,
+    MAX_SAMPLED,
+    NO_ANSWER,
+    ONE_ANSWER,
+    VOCABULARY,
+    Dialogue,
+    all_dialogues,
+    refer_dialogue,
+)
 from .config import HELD_OUT_PAIRS, KINDS, PRESETS, RESOLUTIONS, SINGLE_TARGET_KINDS, SPEEDS, WorldConfig
 from .contact_sheet import render_contact_sheet
 from .dataset import SPLITS, SyntheticVideos, split_seed
@@ -14,7 +24,11 @@ __all__ = [
     "DIALOGUE_KINDS",
     "HELD_OUT_PAIRS",
     "KINDS",
+    "MANY_ANSWER",
+    "MAX_SAMPLED",
     "NOUNS",
+    "NO_ANSWER",
+    "ONE_ANSWER",
     "PRESETS",
     "RESOLUTIONS",
     "SINGLE_TARGET_KINDS",

@@ -1,6 +1,8 @@
 """What a user writes down: checked early, with the place of what is wrong."""
 
+import contextlib
 import json
+import re
 
 import datasets
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from modeling_sparrow.training.records import (
     RecordError,
     RecordFile,
+    SkipRecordError,
     SyntheticRecords,
     normalize_answer,
     parse_record,
@@ -187,6 +190,17 @@ def test_the_generated_world_by_number():
     assert {record.kind for record in few.read(4, np.random.default_rng(1))} <= {"colour", "caption"}
     other = SyntheticRecords(world={"height": 64, "width": 64}, seed=1, size=10).read(4, np.random.default_rng(1))
     assert (other[0].video != first[0].video).any()
+
+
+@pytest.mark.parametrize("sampled", [8, 16])
+def test_time_spans_count_in_the_frames_that_the_model_sees(sampled):
+    source = SyntheticRecords(preset="hard", size=12, kinds=["time"], sampled_frames=sampled)
+    ends = set()
+    for index in range(12):
+        with contextlib.suppress(SkipRecordError):  # a clip in which nothing has a span
+            answers = [record.answer for record in source.read(index, np.random.default_rng(1))]
+            ends.update(int(number) for answer in answers for number in re.findall(r"\d+", answer))
+    assert max(ends) == sampled - 1
 
 
 @pytest.mark.parametrize(
