@@ -165,6 +165,10 @@ class FiltrationHeadConfig(SparrowBaseConfig):
             fuses the two without giving the formula).
         dot_product_score (`bool`): adds a scaled dot product of the [BOX] query with the region to the keep score
             (paper variant). Learns about five times faster from little data; sparrow-tiny has it.
+        plural_head (`bool`): tells from the [BOX] embedding whether it means one object or several (paper variant; the
+            paper has one threshold for both). One: the best proposal is kept. Several: all with at least
+            `plural_threshold`, on the candidate frame that shows most of them. sparrow-tiny has it.
+        plural_threshold (`float`): least confidence of a proposal kept for a [BOX] that means several objects.
         positive_iou, negative_iou (`float`): a proposal is a positive above the first, a negative below the second,
             ignored between. *Released*: 0.3 and 0.3.
         roi_gate_init (`float`): initial weight of the ROI score, clamped to [0, 1] at use (released variant).
@@ -187,6 +191,8 @@ class FiltrationHeadConfig(SparrowBaseConfig):
     num_refined: int = 16
     objectness_power: float = 0.25
     dot_product_score: bool = False
+    plural_head: bool = False
+    plural_threshold: float = 0.3
     positive_iou: float = 0.5
     negative_iou: float = 0.2
     roi_hidden_size: int = 256

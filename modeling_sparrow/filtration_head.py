@@ -35,6 +35,7 @@ class FiltrationOutput(ModelOutput):
         regressed_boxes: `(S, F, Q, 4)` normalised xyxy of the box branch, for its loss; `None` without one.
         tokens: `(S, D)` embeddings after attending to the proposals (released variant).
         attention: `(S, Q)` of that attention (released variant).
+        plural_logits: `(S,)` of a [BOX] meaning several objects; `None` without a plural head.
     """
 
     logits: torch.Tensor | None = None
@@ -43,6 +44,7 @@ class FiltrationOutput(ModelOutput):
     regressed_boxes: torch.Tensor | None = None
     tokens: torch.Tensor | None = None
     attention: torch.Tensor | None = None
+    plural_logits: torch.Tensor | None = None
 
 
 def pool_regions(levels: list[torch.Tensor], boxes: torch.Tensor, config: FiltrationHeadConfig) -> list[torch.Tensor]:
@@ -94,6 +96,7 @@ class FiltrationHead(SparrowPreTrainedModel):
             self.dot_query = nn.Linear(prompt_size, hidden)
             self.dot_key = nn.Linear(hidden, hidden)
             self.dot_scale = nn.Parameter(torch.tensor(math.log(10.0)))
+        self.plural_projection = nn.Linear(prompt_size, 1) if config.plural_head else None
         self.post_init()
 
     @torch.no_grad()
@@ -123,7 +126,17 @@ class FiltrationHead(SparrowPreTrainedModel):
         best = confidence.topk(min(self.config.num_refined, confidence.shape[-1]), dim=-1).indices
         is_best = torch.zeros_like(confidence, dtype=torch.bool).scatter(-1, best, True)
         boxes = torch.where(is_best[..., None], refined, proposals.boxes).clamp(0, 1)
-        return FiltrationOutput(logits=logits, confidence=confidence, boxes=boxes, regressed_boxes=refined)
+        return FiltrationOutput(
+            logits=logits,
+            confidence=confidence,
+            boxes=boxes,
+            regressed_boxes=refined,
+            plural_logits=self.plural_logits(tokens),
+        )
+
+    def plural_logits(self, tokens: torch.Tensor) -> torch.Tensor | None:
+        """Logits `(S,)` of [BOX] embeddings `(S, D)` meaning several objects; None without such a head."""
+        return None if self.plural_projection is None else self.plural_projection(tokens).squeeze(-1)
 
     def encode_regions(self, boxes: torch.Tensor, levels: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Pooled regions `G` `(F, Q, d)` and their ROI tokens `(F, Q, K, d)`, `K` cells of all levels together."""
@@ -261,21 +274,27 @@ def apply_box_offsets(boxes: torch.Tensor, offsets: torch.Tensor) -> torch.Tenso
     return cxcywh_to_xyxy(torch.cat([center, size], dim=-1))
 
 
-def select_boxes(confidence: torch.Tensor, boxes: torch.Tensor, config: FiltrationHeadConfig) -> torch.Tensor:
+def select_boxes(
+    confidence: torch.Tensor, boxes: torch.Tensor, config: FiltrationHeadConfig, is_plural: bool | None = None
+) -> torch.Tensor:
     """Indices of the proposals that one [BOX] embedding selects in one frame.
 
-    All with confidence of at least `score_threshold`; if there is none, the best one when it reaches
+    All with confidence of at least `score_threshold`, or `plural_threshold` for an embedding that is known to mean
+    several objects; if there is none, or the embedding is known to mean one object, the best one when it reaches
     `fallback_threshold`. Overlapping ones are suppressed if the config says so. At most `max_boxes_per_token` (0: no
     limit), then best first, otherwise in proposal order.
 
     Args:
         confidence: `(Q,)`, zero where the proposal is not valid.
         boxes: `(Q, 4)` normalised xyxy.
+        is_plural: whether the embedding means several objects; None where nothing tells.
     """
     if not len(confidence):
         return torch.zeros(0, dtype=torch.int64, device=confidence.device)
-    chosen = (confidence >= config.score_threshold).nonzero().flatten()
-    if not len(chosen):
+    threshold = config.plural_threshold if is_plural else config.score_threshold
+    chosen = (confidence >= threshold).nonzero().flatten()
+    if not len(chosen) or is_plural is False:
+        chosen = chosen[:0]
         best = confidence.argmax()
         return best[None] if confidence[best] >= config.fallback_threshold else chosen
     if config.nms_threshold is not None:

@@ -203,7 +203,8 @@ def filter_losses(
             training that is a mean over videos, whatever the number of their tokens.
 
     Returns:
-        `filter_class_loss`, for each token and frame the mean over its proposals that are not ignored; and
+        `filter_class_loss`, for each token and frame the mean over its proposals that are not ignored, and, with a
+        plural head and `box_labels`, beside it the loss of whether the token means several objects; and
         `filter_box_loss`, the mean over its positives, if boxes are regressed.
     """
     rules = config.filtration_config
@@ -221,6 +222,12 @@ def filter_losses(
         logits[:S].masked_fill(~known, 0.0).float(), labels.clamp(min=0), reduction="none"
     )
     classes = _mean_where(per_proposal, known)
+    plural_logits = filtered[0].output.plural_logits
+    if plural_logits is not None and box_labels is not None:  # a mask alone does not tell how many objects it shows
+        several = (~box_labels[:S].isnan().any(-1)).any(-1).sum(-1) > 1  # (S,)
+        classes = classes + F.binary_cross_entropy_with_logits(
+            plural_logits[:S].float(), several.float(), reduction="none"
+        ).unsqueeze(-1)
     by_video = rules.variant == "released" or num_items is None
     losses = {"filter_class_loss": classes.mean() if by_video else classes.sum()}
     if filtered[0].output.regressed_boxes is not None:

@@ -6,7 +6,8 @@ import torch
 from transformers import Cache
 from transformers.utils import ModelOutput
 
-from .filtration_head import FiltrationOutput
+from .configuration_sparrow import FiltrationHeadConfig
+from .filtration_head import FiltrationOutput, select_boxes
 from .mask_tracker import FrameMasks, TrackedObject
 from .region_proposer import RegionProposals
 
@@ -128,6 +129,41 @@ class LocatedBoxes:
     token: torch.Tensor
     proposals: RegionProposals
     confidence: torch.Tensor
+
+    @staticmethod
+    def choose(
+        filtered: list[FilteredFrame],
+        s: int,
+        token: torch.Tensor,
+        config: FiltrationHeadConfig,
+        at_least_one: bool = False,
+    ) -> "LocatedBoxes":
+        """One frame and its boxes for token number `s`, see [`SparrowForVideoGrounding.locate`].
+
+        Args:
+            filtered: scores of the frames that were looked at.
+            token: its embedding.
+            at_least_one: take the best box where none is good enough.
+        """
+        plural_logits = filtered[0].output.plural_logits
+        is_plural = None if plural_logits is None else plural_logits[s].item() > 0
+        scored = [(frame.output.confidence[s, 0], frame.output.boxes[s, 0]) for frame in filtered]
+        found = [select_boxes(confidence, boxes, config, is_plural) for confidence, boxes in scored]
+        if is_plural:  # confidences are probabilities: their sum is the number of objects to be expected
+            value = [confidence[own].sum().item() for (confidence, _), own in zip(scored, found, strict=True)]
+            passing = []
+        else:
+            value = [confidence.max().item() for confidence, _ in scored]
+            passing = [place for place, best in enumerate(value) if best >= config.score_threshold]
+        place = passing[0] if passing else value.index(max(value))
+        frame, chosen, (confidence, boxes) = filtered[place], found[place], scored[place]
+        if at_least_one and not len(chosen):
+            chosen = confidence.argmax()[None]
+        output = frame.output
+        embedding = token if output.tokens is None else output.tokens[s]
+        return LocatedBoxes(
+            frame.frame_index, boxes[chosen], confidence[chosen], embedding, frame.proposals, confidence
+        )
 
     def drop_broken_boxes(self) -> int:
         """Drop, in place, boxes that are not finite or end before they begin; returns how many."""

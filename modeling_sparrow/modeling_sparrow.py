@@ -18,7 +18,7 @@ from transformers import Cache, GenerationMixin
 from transformers.utils import can_return_tuple
 
 from .configuration_sparrow import SparrowConfig
-from .filtration_head import FiltrationHead, FiltrationOutput, ReleasedFiltrationHead, select_boxes
+from .filtration_head import FiltrationHead, FiltrationOutput, ReleasedFiltrationHead
 from .frame_pyramid import ClipPyramids, FramePyramid, FrameStream, TensorFrames, VideoPyramids
 from .losses import LOSS_NAMES, count_items, filter_losses, mask_losses
 from .mask_tracker import NO_OBJECT_LOGIT, FrameMasks, MaskPrompt, MaskTracker, TrackedObject
@@ -464,7 +464,8 @@ class SparrowForVideoGrounding(SparrowPreTrainedModel, GenerationMixin):
         """Choose the boxes of [BOX] embeddings `(S, P)` in one video.
 
         Each token takes the first candidate frame on which a proposal passes the score threshold, otherwise the frame
-        of its most confident proposal. Later frames are looked at only for tokens that need them.
+        of its most confident proposal; one that is known to mean several objects the frame that shows most of them.
+        Later frames are looked at only for tokens that need them.
 
         Args:
             box_embeddings: from `token_embeddings`.
@@ -476,7 +477,10 @@ class SparrowForVideoGrounding(SparrowPreTrainedModel, GenerationMixin):
         settled = torch.zeros(len(box_embeddings), dtype=torch.bool, device=box_embeddings.device)
         for frame in self.candidate_frames(len(pyramids)):
             filtered += self._filter_frames(box_embeddings, pyramids.at(frame), [frame], proposer_pixel_values)
-            settled |= filtered[-1].output.confidence.amax((1, 2)) >= threshold
+            output = filtered[-1].output
+            settled |= output.confidence.amax((1, 2)) >= threshold
+            if output.plural_logits is not None:
+                settled &= output.plural_logits <= 0
             if settled.all():
                 break
         return self._choose(box_embeddings, filtered)
@@ -514,20 +518,7 @@ class SparrowForVideoGrounding(SparrowPreTrainedModel, GenerationMixin):
             at_least_one: take the best box where none is good enough, so that in training every mask has a gradient.
         """
         config = self.config.filtration_config
-        located = []
-        for s in range(len(tokens)):
-            best = [frame.output.confidence[s, 0].max().item() for frame in filtered]
-            passing = [i for i, confidence in enumerate(best) if confidence >= config.score_threshold]
-            frame = filtered[passing[0] if passing else best.index(max(best))]
-            confidence, boxes = frame.output.confidence[s, 0], frame.output.boxes[s, 0]
-            chosen = select_boxes(confidence, boxes, config)
-            if at_least_one and not len(chosen):
-                chosen = confidence.argmax()[None]
-            token = tokens[s] if frame.output.tokens is None else frame.output.tokens[s]
-            located.append(
-                LocatedBoxes(frame.frame_index, boxes[chosen], confidence[chosen], token, frame.proposals, confidence)
-            )
-        return located
+        return [LocatedBoxes.choose(filtered, s, token, config, at_least_one) for s, token in enumerate(tokens)]
 
     def _apply_box_prior(self, located: list[LocatedBoxes], pyramid: FramePyramid, original_size: tuple[int, int]):
         """Released rule, in place: keep the boxes whose own mask agrees with them."""
