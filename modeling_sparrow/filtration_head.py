@@ -96,7 +96,9 @@ class FiltrationHead(SparrowPreTrainedModel):
             self.dot_query = nn.Linear(prompt_size, hidden)
             self.dot_key = nn.Linear(hidden, hidden)
             self.dot_scale = nn.Parameter(torch.tensor(math.log(10.0)))
-        self.plural_projection = nn.Linear(prompt_size, 1) if config.plural_head else None
+        self.plural_head = None
+        if config.plural_head:
+            self.plural_head = nn.Sequential(nn.Linear(prompt_size, hidden), nn.ReLU(), nn.Linear(hidden, 1))
         self.post_init()
 
     @torch.no_grad()
@@ -136,7 +138,7 @@ class FiltrationHead(SparrowPreTrainedModel):
 
     def plural_logits(self, tokens: torch.Tensor) -> torch.Tensor | None:
         """Logits `(S,)` of [BOX] embeddings `(S, D)` meaning several objects; None without such a head."""
-        return None if self.plural_projection is None else self.plural_projection(tokens).squeeze(-1)
+        return None if self.plural_head is None else self.plural_head(tokens).squeeze(-1)
 
     def encode_regions(self, boxes: torch.Tensor, levels: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Pooled regions `G` `(F, Q, d)` and their ROI tokens `(F, Q, K, d)`, `K` cells of all levels together."""

@@ -276,11 +276,17 @@ class Footage:
         return [n for n, told in enumerate(self.can_be_told(clip)) if told and clip.visibility[n, frame] > 0.5]
 
 
+def likeness(clip: SyntheticClip, n: int) -> tuple[int, int]:
+    """How many things of a clip have noun and colour of object `n`, and how many have its noun."""
+    looks = [(thing.noun, thing.colour) for thing in clip.objects]
+    return looks.count(looks[n]), sum(noun == looks[n][0] for noun, _ in looks)
+
+
 def video_step(
     step: int, side: PixelSide, footage: list[Footage], clips: int, seed: int, share: tuple[int, int] = (0, 1)
 ) -> dict[str, torch.Tensor]:
-    """Up to three objects per clip, look-alikes first, carried from a prompted frame over all frames with soft memory
-    masks.
+    """Up to three objects per clip, those that look most alike first, carried from a prompted frame over all frames
+    with soft memory masks.
 
     Args:
         clips: of a step; twice as many where frames jump.
@@ -298,9 +304,8 @@ def video_step(
     count = (clips if seen.jumps is None else 2 * clips) // processes
     for clip in batch_clips(draw, count, seed + 1, seen.world):
         order = seen.frame_order(rng)
-        nouns = [thing.noun for thing in clip.objects]
         possible = rng.permutation(seen.followed(clip, order[start])).astype(int).tolist()
-        chosen = sorted(possible, key=lambda n: -nouns.count(nouns[n]))[:3]
+        chosen = sorted(possible, key=functools.partial(likeness, clip), reverse=True)[:3]
         for n in chosen:
             box = true_box(clip, n, order[start]) + JITTER * torch.randn(4)
             objects.append(TrackedObject(start, [MaskPrompt(boxes=box)]))
@@ -419,7 +424,7 @@ def train_video_stage(
 ):
     """Stage "video": mask decoder, prompt encoder and memory; what makes the features is frozen.
 
-    Three quarters of the steps see frames in random order, which take a ninth of the time of a whole clip: whole clips
+    Half of the steps see frames in random order, which take less than half of the time of a whole clip: whole clips
     alone teach to look for an object where it was.
 
     Raises:
@@ -430,7 +435,7 @@ def train_video_stage(
         raise ValueError(f"{clips} clips a step cannot be dealt out evenly among {share[1]} processes: use fewer.")
     hard = long_world(PRESETS[world_name])
     jumps = Footage(hard, jumps=JUMPS)
-    footage = [Footage(hard), jumps, jumps, jumps, Footage(replace(hard, num_frames=8)), jumps, jumps, jumps]
+    footage = [Footage(hard), jumps, Footage(replace(hard, num_frames=8)), jumps]
     side = PixelSide(model, hard)
     side.requires_grad_(False)
     sam2 = side.mask_tracker.sam2

@@ -111,6 +111,7 @@ def tiny_config(vocab_size: int = 256, **special_token_ids: int) -> SparrowConfi
             "hidden_size": 128,
             "roi_size": 5,
             "dot_product_score": True,
+            "plural_head": True,
             "num_refined": 8,
             "max_boxes_per_token": 4,
             "nms_threshold": 0.5,

@@ -2,10 +2,7 @@
 
 from .answers import (
     DIALOGUE_KINDS,
-    MANY_ANSWER,
     MAX_SAMPLED,
-    NO_ANSWER,
-    ONE_ANSWER,
     VOCABULARY,
     Dialogue,
     all_dialogues,
@@ -24,11 +21,8 @@ __all__ = [
     "DIALOGUE_KINDS",
     "HELD_OUT_PAIRS",
     "KINDS",
-    "MANY_ANSWER",
     "MAX_SAMPLED",
     "NOUNS",
-    "NO_ANSWER",
-    "ONE_ANSWER",
     "PRESETS",
     "RESOLUTIONS",
     "SINGLE_TARGET_KINDS",

@@ -81,7 +81,7 @@ def test_a_model_with_the_head_looks_at_all_candidate_frames_for_several(process
     asked = []
     original = model._filter_frames
     model._filter_frames = lambda *arguments: asked.append(arguments[2]) or original(*arguments)
-    bias = model.model.filtration_head.plural_projection.bias
+    bias = model.model.filtration_head.plural_head[-1].bias
     counts = {}
     for logit in (-100.0, 100.0):
         with torch.no_grad():
