@@ -110,6 +110,9 @@ class FiltrationHead(SparrowPreTrainedModel):
             init.zeros_(self.refinement_head[-1].bias)
             if self.config.dot_product_score:
                 init.constant_(self.dot_scale, math.log(10.0))
+            if self.config.plural_head:  # one object, until it has learnt better
+                init.zeros_(self.plural_head[-1].weight)
+                init.zeros_(self.plural_head[-1].bias)
 
     def forward(
         self, tokens: torch.Tensor, proposals: RegionProposals, levels: list[torch.Tensor]
