@@ -299,9 +299,8 @@ def select_boxes(
     threshold = config.plural_threshold if is_plural else config.score_threshold
     chosen = (confidence >= threshold).nonzero().flatten()
     if not len(chosen) or is_plural is False:
-        chosen = chosen[:0]
-        best = confidence.argmax()
-        return best[None] if confidence[best] >= config.fallback_threshold else chosen
+        best = confidence.argmax()[None]
+        return best[confidence[best] >= config.fallback_threshold]
     if config.nms_threshold is not None:
         chosen = chosen[non_maximum_suppression(boxes[chosen], confidence[chosen], config.nms_threshold)]
     if 0 < config.max_boxes_per_token < len(chosen):
