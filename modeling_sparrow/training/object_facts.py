@@ -50,11 +50,12 @@ def object_facts(clip: SyntheticClip, colours: tuple[str, ...]) -> ObjectFacts:
                 events[n, side] = 1
                 met[n].append(colours.index(clip.objects[anchor].colour))
     partner = np.array([set(own).pop() if len(set(own)) == 1 else UNKNOWN for own in met.values()])
-    return ObjectFacts(events, partner, _ranks(facts))
+    return ObjectFacts(events, partner, ranks_on(clip, 0))
 
 
-def _ranks(facts: Facts) -> np.ndarray:
-    objects = facts.clip.objects
+def ranks_on(clip: SyntheticClip, frame: int) -> np.ndarray:
+    """Ranks `(N, R)` on a frame, as in [`ObjectFacts`]."""
+    facts, objects = Facts(clip), clip.objects
     ranks = np.full((len(objects), len(RANK_NAMES)), UNKNOWN)
     groups = {"all": [tuple(range(len(objects)))]}
     groups["noun"] = [
@@ -63,6 +64,6 @@ def _ranks(facts: Facts) -> np.ndarray:
     for column, name in enumerate(RANK_NAMES):
         group, side = name.split("_from_")
         for ids in groups[group]:
-            for rank, n in enumerate(facts.ranked(ids, *SIDES[side], frame=0) or ()):
+            for rank, n in enumerate(facts.ranked(ids, *SIDES[side], frame=frame) or ()):
                 ranks[n, column] = rank
     return ranks

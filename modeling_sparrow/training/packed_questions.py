@@ -13,9 +13,9 @@ import torch
 
 from sparrow_processing import SparrowProcessor
 from sparrow_processing.synthetic import Expression, SyntheticClip, all_expressions, sample_expressions
+from sparrow_processing.synthetic.answers import MANY_ANSWER, NO_ANSWER, ONE_ANSWER, REFER_QUESTIONS
 
 from ..configuration_sparrow import SparrowConfig
-from .tiny_tokenizer import ANSWER, NO_TARGET_ANSWER
 
 # kinds that (also) ask what no single frame answers
 MOVING_KINDS = ("motion", "speed", "event", "meeting", "multi", "none")
@@ -30,7 +30,7 @@ class Question:
     clip: int
     expression: Expression
     targets: tuple[int, ...]
-    ids: list[int]  # without the part that all questions about a clip share
+    ids: list[int]  # without the part that all questions about a clip share, and without the answer
 
 
 def shared_ids(processor: SparrowProcessor, num_frames: int) -> list[int]:
@@ -57,7 +57,6 @@ def draw_questions(
     favoured: tuple[str, ...] = (),
 ) -> list[Question]:
     """Up to `count` allowed questions per clip, kinds balanced, or half of them of the favoured kinds."""
-    answer = answer_ids(processor, ANSWER)
     prefix = len(shared_ids(processor, 0))
     questions = []
     for number, clip in enumerate(clips):
@@ -65,7 +64,9 @@ def draw_questions(
         drawn = sample_expressions([item for item in possible if item.kind in favoured], count // 2, rng)
         drawn += sample_expressions([item for item in possible if item.kind not in favoured], count - len(drawn), rng)
         for item in drawn:
-            ids = _prompt_ids(processor, item.text)[prefix:] + answer
+            # the first form is that of the package; the others are for users who ask in their own words
+            form = REFER_QUESTIONS[0] if rng.random() < 0.5 else REFER_QUESTIONS[rng.integers(len(REFER_QUESTIONS))]
+            ids = processor.prompt_ids(form.format(query=item.text), "ask")[prefix:]
             questions.append(Question(number, item, item.target_ids, ids))
     return questions
 
@@ -73,11 +74,6 @@ def draw_questions(
 @functools.lru_cache(maxsize=8)
 def answer_ids(processor: SparrowProcessor, answer: str) -> list[int]:
     return processor.tokenizer.encode(answer + " <|end|>", add_special_tokens=False)
-
-
-@functools.lru_cache(maxsize=100_000)
-def _prompt_ids(processor: SparrowProcessor, text: str) -> list[int]:
-    return processor.prompt_ids(text, "refer")
 
 
 @dataclass
@@ -109,17 +105,18 @@ def pack_questions(
     processor: SparrowProcessor, config: SparrowConfig, prefix: list[int], clips: int, questions: list[Question]
 ) -> PackedQuestions:
     """Pack the questions about each clip behind the `prefix` into one row."""
-    answer, denial = (answer_ids(processor, text) for text in (ANSWER, NO_TARGET_ANSWER))
-    rows: list[list[tuple[list[int], list[int], Question | None]]] = [[] for _ in range(clips)]
+    one, many, denial = (answer_ids(processor, text) for text in (ONE_ANSWER, MANY_ANSWER, NO_ANSWER))
+    # of each row: words, answer, what it should say, and the question if its [BOX] and [SEG] count
+    rows: list[list[tuple[list[int], list[int], list[int], Question | None]]] = [[] for _ in range(clips)]
     for question in questions:
-        words = question.ids[: -len(answer)]
-        ignored = [-100] * len(words)
+        answer = many if len(question.targets) > 1 else one
         if question.targets:
-            rows[question.clip].append((question.ids, ignored + answer, question))
+            rows[question.clip].append((question.ids, answer, answer, question))
         else:
-            rows[question.clip].append((question.ids, ignored + denial[:1] + [-100] * (len(answer) - 1), question))
-            rows[question.clip].append((words + denial, ignored + denial, None))
-    length = len(prefix) + max(sum(len(ids) for ids, _, _ in row) for row in rows)
+            first_word = denial[:1] + [-100] * (len(answer) - 1)
+            rows[question.clip].append((question.ids, answer, first_word, question))
+            rows[question.clip].append((question.ids, denial, denial, None))
+    length = len(prefix) + max(sum(len(words) + len(answer) for words, answer, _, _ in row) for row in rows)
     ids = torch.full((clips, length), processor.tokenizer.pad_token_id)
     labels = torch.full((clips, length), -100)
     positions = torch.zeros(clips, length, dtype=torch.int64)
@@ -129,14 +126,15 @@ def pack_questions(
     order, first, box, seg = [], [], [], []
     for number, row in enumerate(rows):
         at = len(prefix)
-        for index, (own, wanted, question) in enumerate(row, start=1):
+        for index, (words, answer, wanted, question) in enumerate(row, start=1):
+            own = words + answer
             part = slice(at, at + len(own))
-            ids[number, part], labels[number, part] = torch.tensor(own), torch.tensor(wanted)
+            ids[number, part], labels[number, part] = torch.tensor(own), torch.tensor([-100] * len(words) + wanted)
             positions[number, part] = torch.arange(len(prefix), len(prefix) + len(own))
             segment[number, part] = index
             if question is not None:
                 order.append(question)
-                first.append((number, part.stop - len(answer) - 1))
+                first.append((number, at + len(words) - 1))
                 box.append((number, at + own.index(config.box_token_id) - 1))
                 seg.append((number, at + own.index(config.seg_token_id) - 1))
             at = part.stop

@@ -19,6 +19,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from sparrow_processing import SparrowProcessor
 from sparrow_processing.synthetic import PRESETS, SyntheticClip, WorldConfig
+from sparrow_processing.synthetic.answers import NO_ANSWER
 
 from ..box_ops import pairwise_iou, xyxy_to_cxcywh
 from ..filtration_head import FiltrationOutput, apply_box_offsets
@@ -27,7 +28,7 @@ from ..losses import box_regression_loss, filtration_class_loss, filtration_targ
 from ..mask_tracker import MaskPrompt
 from ..modeling_sparrow import SparrowForVideoGrounding
 from ..region_proposer import RegionProposals
-from .loop import computes_in_bfloat16, run_stage
+from .loop import computes_in_bfloat16, process_share, run_stage
 from .object_facts import EVENT_NAMES, MOST_RANKS, RANK_NAMES, ObjectFacts, object_facts
 from .packed_questions import (
     WELL_SEEN,
@@ -41,7 +42,6 @@ from .packed_questions import (
 )
 from .pretrain_segmenter import JITTER, PixelSide, batch_clips, encode_frozen
 from .pretrain_towers import (
-    DIRECTIONS,
     MOTION_WORDS,
     PatchOwners,
     as_seen,
@@ -53,12 +53,12 @@ from .pretrain_towers import (
     temporal_input,
     tubelet_owners,
 )
-from .tiny_tokenizer import NO_TARGET_ANSWER
+from .question_facts import QuestionHeads
 
 # Added to the seed of a run, so that no stage sees the clips of another.
 STREAMS = {"text": 3, "visual": 4, "motion": 6, "polish": 8}
-# kinds that a model learns last, when it has learnt what moves
-LATE_KINDS = ("relation", "ordinal", "event", "meeting")
+# kinds that a model learns last: what else there is has to be found, or counted, first
+LATE_KINDS = ("relation", "ordinal", "meeting")
 
 # kinds that ask how one thing looks, and by what
 LOOKS = {"class": ("noun",), "colour": ("colour",), "colour_class": ("noun", "colour")}
@@ -73,8 +73,8 @@ PATCH_WEIGHT = {
     "speed": 0.3,
     "action": 0.5,
     "events": 1.0,
-    "partner": 0.3,
-    "ranks": 0.3,
+    "partner": 1.0,
+    "ranks": 1.0,
 }
 
 
@@ -104,14 +104,11 @@ class LanguageSide(nn.Module):
         size = model.config.prompt_size
         self.box_regressor = nn.Sequential(nn.Linear(size, size), nn.ReLU(), nn.Linear(size, 4))
         size = model.config.text_config.hidden_size
-        self.motion_classifier = nn.Linear(size, len(DIRECTIONS))
         self.words = pixel_side.words | MOTION_WORDS
-        looks = {name: len(words) for name, words in pixel_side.words.items()} | {"box": 4}
-        doings = {name: len(words) for name, words in MOTION_WORDS.items()}
-        doings |= {"events": len(EVENT_NAMES), "partner": len(pixel_side.words["colour"])}
-        doings |= {"ranks": len(RANK_NAMES) * MOST_RANKS}
-        self.spatial_heads = nn.ModuleDict({name: nn.Linear(size, count) for name, count in looks.items()})
-        self.temporal_heads = nn.ModuleDict({name: nn.Linear(size, n) for name, n in (looks | doings).items()})
+        looks = {name: pixel_side.words[name] for name in ("noun", "colour")}
+        self.name_heads, self.question_heads = QuestionHeads(size, looks, False), QuestionHeads(size, looks, True)
+        # of the visual tokens as they come from the adapters, and as attention to the target reads them
+        self.patch_heads = nn.ModuleList(PatchHeads(size, self.words) for _ in range(2))
         self.knows_attributes = attributes
         self.frozen = {"model": model, "processor": processor, "pixels": pixel_side}
 
@@ -124,6 +121,20 @@ class LanguageSide(nn.Module):
         return self.frozen["processor"]
 
 
+class PatchHeads(nn.Module):
+    """Throw-away heads on visual tokens `(…, D)`: what the object of a token is, where, and what becomes of it."""
+
+    def __init__(self, size: int, words: dict[str, tuple[str, ...]]):
+        super().__init__()
+        counts = {name: len(own) for name, own in words.items()} | {"box": 4}
+        doings = {"events": len(EVENT_NAMES), "partner": len(words["colour"])}
+        ranks = {"ranks": len(RANK_NAMES) * MOST_RANKS}
+        looks = {name: count for name, count in counts.items() if name not in MOTION_WORDS}
+        self.spatial = nn.ModuleDict({name: nn.Linear(size, count) for name, count in (looks | ranks).items()})
+        doings = counts | doings | ranks
+        self.temporal = nn.ModuleDict({name: nn.Linear(size, count) for name, count in doings.items()})
+
+
 @dataclass
 class LanguageStates:
     """What the language model makes of `S` packed questions.
@@ -133,8 +144,9 @@ class LanguageStates:
         text_loss: of the next token.
         decision_loss: of the first word of the answer, which says whether there is an object.
         says_none: `(S,)` bool, whether the first word that the model would say is that there is none.
-        query: `(S, D)` states of the [BOX] positions as they enter the last layer but one.
-        clips: `(C, prefix, D)` states of the shared prefix of each clip as they enter that layer.
+        name, query: `(S, D)` states of the [BOX] positions as they enter the last layer but two, and but one: from
+            them the anchor and the target are looked for.
+        tokens, clips: `(C, prefix, D)` the shared prefix of each clip as it enters the first layer, and that one.
         attention: `(S, heads, prefix)` of the [BOX] states in that layer onto the prefix; in training with video.
         anchor_attention: the same in the layer before.
     """
@@ -144,7 +156,9 @@ class LanguageStates:
     text_loss: torch.Tensor
     decision_loss: torch.Tensor
     says_none: torch.Tensor
+    name: torch.Tensor
     query: torch.Tensor
+    tokens: torch.Tensor
     clips: torch.Tensor
     attention: torch.Tensor | None = None
     anchor_attention: torch.Tensor | None = None
@@ -164,7 +178,7 @@ def language_states(
             position_ids=packed.positions,
             output_hidden_states=True,
         )
-    *_, early, middle, _, hidden = (states.float() for states in output.hidden_states)
+    tokens, *_, early, middle, _, hidden = (states.float() for states in output.hidden_states)
     attention = anchor_attention = None
     if with_video and side.training:  # it is supervised
         anchor_attention = _attention_onto_prefix(side, -3, early, packed)
@@ -173,14 +187,16 @@ def language_states(
     scores = output.logits[:, :-1].flatten(0, 1).float()
     first_scores = output.logits[first_at].float()
     first_words = packed.labels[first_at[0], [column + 1 for column in first_at[1]]]
-    denial = answer_ids(side.processor, NO_TARGET_ANSWER)[0]
+    denial = answer_ids(side.processor, NO_ANSWER)[0]
     return LanguageStates(
         box=hidden[box_at],
         seg=hidden[seg_at],
         text_loss=F.cross_entropy(scores, packed.labels[:, 1:].flatten(), ignore_index=-100),
         decision_loss=F.cross_entropy(first_scores, first_words),
         says_none=first_scores.argmax(-1) == denial,
+        name=early[box_at],
         query=middle[box_at],
+        tokens=tokens[:, : packed.prefix],
         clips=middle[:, : packed.prefix],
         attention=attention,
         anchor_attention=anchor_attention,
@@ -354,11 +370,19 @@ def language_step(
     with_video: bool,
     favoured: tuple[str, ...],
     seg_every: int,
+    share: tuple[int, int] = (0, 1),
 ) -> dict[str, torch.Tensor]:
-    rng = np.random.default_rng([seed, step])
-    torch.manual_seed(seed * 1_000_003 + step)
+    """
+    Args:
+        clips: of a step.
+        share: rank and number of the processes that share them.
+    """
+    rank, processes = share
+    draw = step * processes + rank
+    rng = np.random.default_rng([seed, draw])
+    torch.manual_seed(seed * 1_000_003 + draw)
     world = worlds[step % len(worlds)]
-    batch = batch_clips(step, clips, seed, world)
+    batch = batch_clips(draw, clips // processes, seed, world)
     watched = [as_seen(clip, side.model.config.num_frames) for clip in batch]
     frame = 0 if rng.random() < 0.65 else int(rng.choice(side.model.candidate_frames(world.num_frames)))
     boxes = true_boxes(batch, frame)
@@ -393,11 +417,13 @@ def language_step(
         losses["attention"] = attention_loss(side, states.attention, watched, clip_of, meant)
         anchors = [() if q.expression.anchor_id is None else (q.expression.anchor_id,) for q in questions]
         losses["anchor"] = attention_loss(side, states.anchor_attention, watched, clip_of, anchors)
-        losses["words"] = motion_words_loss(side, states.query, batch, questions)
+        losses["names"] = side.name_heads.loss(states.name, batch, questions)
+        losses["words"] = side.question_heads.loss(states.query, batch, questions)
         facts = [object_facts(clip, side.words["colour"]) for clip in batch]
-        losses["patches"] = patch_loss(side, states.clips, watched, facts, int(rng.integers(len(watched[0].frames))))
-        loss = loss + 0.4 * losses["attention"] + 0.2 * losses["anchor"]
-        loss = loss + 0.5 * losses["words"] + 0.5 * losses["patches"]
+        other = int(rng.integers(len(watched[0].frames)))
+        losses["tokens"], losses["patches"] = patch_losses(side, (states.tokens, states.clips), watched, facts, other)
+        loss = loss + 0.6 * losses["attention"] + 1.0 * losses["anchor"]
+        loss = loss + 0.2 * losses["names"] + 0.2 * losses["words"] + 0.1 * losses["tokens"] + 0.2 * losses["patches"]
     return {"loss": loss, **losses}
 
 
@@ -495,40 +521,31 @@ def visual_places(side: LanguageSide, prefix: int, num_frames: int) -> dict[str,
     return {"spatial": slice(first, middle), "temporal": slice(middle, prefix)}
 
 
-def motion_words_loss(
-    side: LanguageSide, query: torch.Tensor, clips: list[SyntheticClip], questions: list[Question]
-) -> torch.Tensor:
-    """Cross-entropy of the direction that a question about motion asks for: what looks for the target must know it."""
-    asked = []
-    for question in questions:
-        if question.expression.kind != "motion":
-            asked.append(-1)
-            continue
-        thing = clips[question.clip].objects[question.targets[0]]
-        known = thing.action == "straight" and not thing.bounces
-        asked.append(DIRECTIONS.index(thing.direction) if known else -1)
-    labels = torch.tensor(asked)
-    if (labels < 0).all():
-        return query.sum() * 0.0
-    return F.cross_entropy(side.motion_classifier(query), labels, ignore_index=-1)
-
-
-def patch_loss(
-    side: LanguageSide, states: torch.Tensor, clips: list[SyntheticClip], facts: list[ObjectFacts], frame: int
-) -> torch.Tensor:
-    """What the object of each temporal token is, where it is, how it moves and what happens to it; what the object of
-    each spatial token of the first frame and of another one is, and where. From the states `(C, prefix, D)` that
-    attention reads: an answer can only point to what these still tell."""
-    config = side.model.config.temporal_config
-    places = visual_places(side, states.shape[1], len(clips[0].frames))
-    owners = tubelet_owners(clips, facts, config.patch_size, config.tubelet_size)
-    total = _heads_loss(side, side.temporal_heads, states[:, places["temporal"]].flatten(0, 1), owners)
+def patch_losses(
+    side: LanguageSide,
+    layers: tuple[torch.Tensor, torch.Tensor],
+    clips: list[SyntheticClip],
+    facts: list[ObjectFacts],
+    frame: int,
+) -> list[torch.Tensor]:
+    """Of each layer's states `(C, prefix, D)`: what the object of each temporal token is, where it is, how it moves
+    and what happens to it; what the object of each spatial token of the first frame and of another one is, where, and
+    in which place of a row. An answer can only point to what these still tell."""
+    config = side.model.config.spatial_config
+    places = visual_places(side, layers[0].shape[1], len(clips[0].frames))
+    tubelet_size = side.model.config.temporal_config.tubelet_size
+    moving = tubelet_owners(clips, facts, config.patch_size, tubelet_size)
+    pictures = {}
     if side.model.config.spatial_pool_size * config.patch_size == config.image_size:  # a token is a patch
+        pictures = {t: frame_owners(clips, facts, config.patch_size, t) for t in {0, frame}}
+    totals = []
+    for heads, states in zip(side.patch_heads, layers, strict=True):
+        total = _heads_loss(side, heads.temporal, states[:, places["temporal"]].flatten(0, 1), moving)
         spatial = states[:, places["spatial"]].unflatten(1, (len(clips[0].frames), -1))
-        for t in {0, frame}:
-            owners = frame_owners(clips, config.patch_size, t)
-            total = total + 0.5 * _heads_loss(side, side.spatial_heads, spatial[:, t].flatten(0, 1), owners)
-    return total
+        for t, owners in pictures.items():
+            total = total + 0.5 * _heads_loss(side, heads.spatial, spatial[:, t].flatten(0, 1), owners)
+        totals.append(total)
+    return totals
 
 
 def _heads_loss(
@@ -613,6 +630,9 @@ def train_language_stage(
         pixel_heads: weights of a stage "image", whose throw-away heads teach [SEG] what the decoder understands.
         with_towers: whether the towers learn along.
     """
+    share = process_share()
+    if clips % share[1]:
+        raise ValueError(f"{clips} clips a step cannot be dealt out evenly among {share[1]} processes: use fewer.")
     with_video = stage != "text"
     seed += STREAMS[stage]
     torch.manual_seed(seed)
@@ -647,6 +667,7 @@ def train_language_stage(
             favoured=favoured,
             # a head that knows its task only has to keep up
             seg_every=1 if pixel_heads is not None else 4,
+            share=share,
         ),
         output=output,
         steps=steps,

@@ -8,9 +8,10 @@ does all runs that the shipped checkpoint comes from, one after another. One of 
 
 With `--start` training begins with the weights of a checkpoint; words that it does not know are new. With the seed of
 an earlier run in the same world it would see that run's clips again. Stages: image (segmenter, proposer, region
-features), video (memory), towers, text, visual, motion, polish, plural (one object or several). Each can be
-interrupted and goes on where it stopped; none needs `video`, which may run beside those after it and, with
-`--stages video`, in several processes (`torchrun --nproc-per-node 2 -m -- …`) whose gradients are averaged.
+features), video (memory), towers, text, visual, motion, polish, plural (one object or several), and then those of the
+paper, target_injection and filter, as `sparrow train tiny_…` runs them. Each can be interrupted and goes on where it
+stopped; before those of the paper none needs `video`, which may run beside those after it. With `--stages video`, or
+`visual`, a stage runs in several processes (`torchrun --nproc-per-node 2 -m -- …`) whose gradients are averaged.
 """
 
 import argparse
@@ -38,6 +39,10 @@ from .pretrain_language import train_language_stage
 from .pretrain_plural import train_plural_stage
 from .pretrain_segmenter import train_image_stage, train_video_stage
 from .pretrain_towers import train_tower_stage
+from .run import FINAL, HISTORY_FILE, load_start, save_model
+from .run import train_stage as train_paper_stage
+from .settings import read_settings
+from .stages import AnyStage
 from .tiny_model import tiny_config
 from .tiny_tokenizer import build_tokenizer
 
@@ -71,7 +76,17 @@ RECIPES = {
     "memory": {"video": (850, 8)},
     # the memory in one process, and one object or several
     "plural": {"video": (650, 4), "plural": (150, 6)},
+    # what the towers tell, without another change, then the answers, and then the stages of the paper
+    "anchors": {
+        "towers": (1300, 16),
+        "visual": (2050, 8),
+        "plural": (150, 6),
+        "target_injection": (30, 4),
+        "filter": (30, 4),
+    },
 }
+# stages of the paper: settings of `sparrow train`; stage 0 is part of the stage image
+PAPER_STAGES = {"target_injection": "tiny_target_injection", "filter": "tiny_filter"}
 # what ends every run: put the weights together, choose the rules, measure the test splits
 CLOSING = ("assemble", "rules", "test")
 # the runs that sparrow-tiny comes from, each from what the one before gave: recipe, world, seed
@@ -84,6 +99,7 @@ RUNS = (
     ("memory", "train", 4),
     ("memory", "train", 5),
     ("plural", "train", 6),
+    ("anchors", "train", 7),
 )
 # learning rate of the stage video: the better the memory is, the less it should be shaken, but for a new layer
 VIDEO_RATES = {"scratch": 8e-4, "grow": 6e-4, "longer": 4e-4, "answers": 4e-4, "memory": 6e-4, "plural": 4e-4}
@@ -106,6 +122,8 @@ NEEDED = {
     "motion": ["image", "towers", "text", "visual"],
     "polish": ["image", "towers", "text", "visual", "motion"],
     "plural": ["visual"],
+    "target_injection": ["video", "visual", "plural"],
+    "filter": ["target_injection"],
 }
 
 
@@ -212,6 +230,8 @@ def load_stage(model: SparrowForVideoGrounding, output: Path, stage: str):
 
 
 def is_finished(output: Path, stage: str, steps: int) -> bool:
+    if stage in PAPER_STAGES:
+        return (output / stage / FINAL / HISTORY_FILE).exists()
     state = output / f"{stage}.state"
     return state.exists() and torch.load(state, weights_only=True)["step"] >= steps
 
@@ -227,24 +247,28 @@ def train_stage(
     start: Path | None = None,
 ):
     """Run one stage of a recipe on top of its finished ones."""
-    model, processor = new_model(seed, start)
     plan, from_scratch = RECIPES[recipe], recipe == "scratch"
-    for earlier in NEEDED[stage]:
-        if earlier not in plan:
-            continue
-        if not (output / f"{earlier}.safetensors").exists():
+    needed = [earlier for earlier in NEEDED[stage] if earlier in plan]
+    for earlier in needed:
+        if not is_finished(output, earlier, 0):
             raise FileNotFoundError(f"Stage {stage!r} needs stage {earlier!r}: run it first.")
+    began = time.time()
+    if stage in PAPER_STAGES:
+        run_paper_stage(stage, output, steps, clips, seed, recipe, start)
+        logger.info("%s: %d steps in %.0f s", stage, steps, time.time() - began)
+        return
+    model, processor = new_model(seed, start)
+    for earlier in needed:
         load_stage(model, output, earlier)
     if not computes_in_bfloat16():
         logger.info("%s: this CPU has no bfloat16, so everything is float32 and takes longer", stage)
-    began = time.time()
     worlds = [world] if "image" in plan else [world, "hard", "easy"]
     if stage == "image":
         train_image_stage(model, output, world, steps, clips, seed, from_scratch)
     elif stage == "video":
         train_video_stage(model, output, world, steps, clips, seed, learning_rate=VIDEO_RATES[recipe])
     elif stage == "towers":
-        train_tower_stage(model, output, world, steps, clips, seed)
+        train_tower_stage(model, output, world, steps, clips, seed, keeps=recipe == "anchors")
     elif stage == "plural":
         train_plural_stage(model, processor, output, worlds, steps, clips, seed)
     else:
@@ -260,30 +284,56 @@ def train_stage(
             seed,
             from_scratch=from_scratch,
             pixel_heads=pixel_heads,
-            with_towers=recipe == "answers",
+            with_towers=recipe in ("answers", "anchors"),
         )
     logger.info("%s: %d steps in %.0f s", stage, steps, time.time() - began)
+
+
+def run_paper_stage(stage: str, output: Path, steps: int, clips: int, seed: int, recipe: str, start: Path | None):
+    """A stage of the paper on what the earlier ones gave, see [`run.train_stage`]."""
+    earlier = NEEDED[stage][-1]
+    model = output / earlier / FINAL
+    if earlier not in PAPER_STAGES:
+        model = output / "pretrained"
+        save_pretrained(output, model, seed, recipe, start)
+    numbers = [f"optimization.steps={steps}", f"optimization.batch_size={clips}"]
+    train_paper_stage(
+        read_settings(PAPER_STAGES[stage], AnyStage, [f"model={model}", f"output={output / stage}", *numbers])
+    )
+
+
+def save_pretrained(output: Path, folder: Path, seed: int, recipe: str = "scratch", start: Path | None = None):
+    """Write model and processor from the finished stages before those of the paper."""
+    model, processor = new_model(seed, start)
+    for stage in RECIPES[recipe]:
+        if stage not in PAPER_STAGES:
+            load_stage(model, output, stage)
+    if start is not None:  # its rules hold until others are chosen
+        _copy_rules(SparrowConfig.from_pretrained(start), model.config)
+    model.generation_config.update(do_sample=False, max_new_tokens=16)  # "it is [BOX] [SEG] ."
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
 
 
 def assemble(
     output: Path, checkpoint: Path, world: str, seed: int, recipe: str = "scratch", start: Path | None = None
 ):
     """Write the checkpoint folder from the finished stages: model, processor, and how it was made."""
-    model, processor = new_model(seed, start)
-    for stage in RECIPES[recipe]:
-        load_stage(model, output, stage)
-    if start is not None:  # its rules hold until others are chosen
-        _copy_rules(SparrowConfig.from_pretrained(start), model.config)
-    model.generation_config.update(do_sample=False, max_new_tokens=16)  # "it is [BOX] [SEG] ."
-    model.save_pretrained(checkpoint)
-    processor.save_pretrained(checkpoint)
+    last, history = list(RECIPES[recipe])[-1], []
+    if last in PAPER_STAGES:
+        trained = load_start(str(output / last / FINAL))
+        history = trained.history
+        save_model(trained.model, trained.processor, checkpoint)
+    else:
+        save_pretrained(output, checkpoint, seed, recipe, start)
     record = {
         "command": "python -m modeling_sparrow.training.pretrain_tiny",
         "recipe": recipe,
         "world": world,
         "seed": seed,
         "hardware": f"{platform.machine()}, {torch.get_num_threads()} thread(s)",
-        "stages": {stage: _summary(output / f"{stage}.jsonl") for stage in RECIPES[recipe]},
+        "stages": {stage: _summary(output, stage) for stage in RECIPES[recipe]},
+        "history": history,  # of the stages of the paper, as they read it
         "start": None if start is None else read_json(start / "training.json"),
     }
     write_json(checkpoint / "training.json", record)
@@ -346,8 +396,16 @@ def _copy_rules(source: SparrowConfig, target: SparrowConfig):
         setattr(_owner(target, name), name, getattr(_owner(source, name), name))
 
 
-def _summary(log: Path) -> dict:
+def _summary(output: Path, stage: str) -> dict:
     """Steps of a stage, its time over all runs, its last figures and all of them by step."""
+    if stage in PAPER_STAGES:
+        record = read_json(output / stage / FINAL / HISTORY_FILE)["history"][-1]
+        return {
+            "steps": record["settings"]["optimization"]["steps"],
+            "seconds": record["seconds"],
+            **record["figures"],
+        }
+    log = output / f"{stage}.jsonl"
     records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     seconds, previous = 0.0, 0.0
     for record in records:
@@ -430,8 +488,8 @@ def main():
                 parser.error(f"--{name} goes with one --recipe, which is not named")
         run_all(options.output, options.checkpoint, options.steps_scale)
         return
-    if process_share()[1] > 1 and options.stages != ["video"]:
-        parser.error("several processes share nothing but the stage video: add --stages video")
+    if process_share()[1] > 1 and options.stages not in (["video"], ["visual"]):
+        parser.error("several processes share one stage, video or visual: add --stages video")
     plan = RECIPES[options.recipe]
     if (options.recipe == "scratch") != (options.start is None):
         parser.error("--start goes with every recipe but scratch, and these need it")

@@ -5,6 +5,7 @@ where its box is and what happens to it. Without this the towers of a small mode
 alone, and their tokens forget where in the picture they come from.
 """
 
+import copy
 import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from sparrow_processing.synthetic import PRESETS, SPEEDS, SyntheticClip, Synthet
 
 from ..modeling_sparrow import SparrowForVideoGrounding
 from .loop import run_stage
-from .object_facts import EVENT_NAMES, MOST_RANKS, UNKNOWN, ObjectFacts, object_facts
+from .object_facts import EVENT_NAMES, MOST_RANKS, RANK_NAMES, UNKNOWN, ObjectFacts, object_facts, ranks_on
 from .pretrain_segmenter import batch_clips, long_world
 
 DIRECTIONS = ("still", "left", "right", "up", "down")
@@ -29,24 +30,55 @@ ACTIONS = ("still", "straight", "turn", "stop", "start")
 MOTION_WORDS = {"direction": DIRECTIONS, "speed": SPEED_WORDS, "action": ACTIONS}
 BACKGROUND = UNKNOWN  # patches without an object count for nothing
 RARE = 3.0  # weight of an event that happens against one that does not
+KEEP_WEIGHT = 5.0  # of what the adapters give, where that should stay
 
 
 class TowerSide(nn.Module):
-    def __init__(self, model: SparrowForVideoGrounding, world: WorldConfig):
+    """What the stage trains, beside throw-away heads.
+
+    Args:
+        keeps: whether what the adapters make of the towers stays as it is, so that a language model that has learnt
+            to read it still can.
+    """
+
+    def __init__(self, model: SparrowForVideoGrounding, world: WorldConfig, keeps: bool = False):
         super().__init__()
         host, config = model.model.host, model.config
         self.spatial_tower, self.temporal_tower = host.spatial_tower, host.temporal_tower
         self.spatial_layer = config.spatial_feature_layer
         self.patch_size = config.spatial_config.patch_size
         self.tubelet_size, self.num_frames = config.temporal_config.tubelet_size, config.num_frames
-        self.words = {"noun": world.nouns, "colour": world.colours, "size": world.sizes}
+        self.words = {"noun": world.nouns, "colour": world.colours, "size": world.sizes} | MOTION_WORDS
         width = config.spatial_config.hidden_size
-        sizes = {name: len(words) for name, words in self.words.items()} | {"box": 4}
+        looks = {name: len(self.words[name]) for name in ("noun", "colour", "size")} | {"box": 4}
+        sizes = looks | {"ranks": len(RANK_NAMES) * MOST_RANKS}
         self.spatial_heads = nn.ModuleDict({name: nn.Linear(width, size) for name, size in sizes.items()})
         width = config.temporal_config.hidden_size
-        sizes |= {name: len(words) for name, words in MOTION_WORDS.items()}
+        sizes = looks | {name: len(words) for name, words in MOTION_WORDS.items()}
         sizes |= {"events": len(EVENT_NAMES), "partner": len(world.colours)}
         self.temporal_heads = nn.ModuleDict({name: nn.Linear(width, size) for name, size in sizes.items()})
+        self.known = None  # frozen, and not registered here
+        if keeps:
+            self.known = {
+                "towers": copy.deepcopy(nn.ModuleList([self.spatial_tower, self.temporal_tower])),
+                "adapters": nn.ModuleList([host.spatial_adapter, host.temporal_adapter]).requires_grad_(False),
+            }
+
+    def patches(self, pixels: torch.Tensor, towers: nn.ModuleList | None = None) -> torch.Tensor:
+        """Features `(…, patches, D)` of frames `(F, 3, h, w)` by the spatial tower, of clips `(C, t, 3, h, w)` by the
+        temporal one; of other towers than its own where these are given."""
+        spatial_tower, temporal_tower = towers or (self.spatial_tower, self.temporal_tower)
+        if pixels.dim() == 5:
+            return temporal_tower(pixels).last_hidden_state[:, 1:]
+        output = spatial_tower(pixels, output_hidden_states=[self.spatial_layer])
+        return output.hidden_states[self.spatial_layer][:, 1:]
+
+    def change(self, pixels: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """How far what the adapter makes of features has moved from what it was, in units of its variance."""
+        adapter = self.known["adapters"][1 if pixels.dim() == 5 else 0]
+        with torch.no_grad():
+            before = adapter(self.patches(pixels, self.known["towers"]))
+        return F.mse_loss(adapter(features), before) / before.var()
 
 
 @dataclass
@@ -95,13 +127,18 @@ def tower_step(
 ) -> dict[str, torch.Tensor]:
     world = worlds[step % len(worlds)]
     batch = batch_clips(step, clips, seed + 2, world)
-    rng = np.random.default_rng([seed, 2, step])
-    losses = {}
-    for name, (output, target) in _answers(side, batch, rng).items():
-        loss = head_loss(name.split("_")[1], output, target)
-        if loss is not None:
-            losses[name] = loss
-    return {"loss": sum(losses.values()), **losses}
+    losses, total = {}, 0.0
+    for tower, (pixels, owners) in _shown(side, batch, np.random.default_rng([seed, 2, step])).items():
+        features = side.patches(pixels)
+        for name, (output, target) in _answers(side, tower, features, owners).items():
+            loss = head_loss(name, output, target)
+            if loss is not None:
+                losses[f"{tower}_{name}"] = loss
+                total = total + loss
+        if side.known is not None:
+            losses[f"{tower}_change"] = side.change(pixels, features)
+            total = total + KEEP_WEIGHT * losses[f"{tower}_change"]
+    return {"loss": total, **losses}
 
 
 def head_loss(name: str, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor | None:
@@ -113,7 +150,7 @@ def head_loss(name: str, output: torch.Tensor, target: torch.Tensor) -> torch.Te
         weight = torch.tensor(RARE)
         return F.binary_cross_entropy_with_logits(output[known], target[known], pos_weight=weight)
     if name == "ranks":
-        output, target = output.unflatten(-1, (-1, MOST_RANKS)).flatten(0, 1), target.flatten()
+        output, target = _each_rank(output, target)
     if not (target != UNKNOWN).any():
         return None
     return F.cross_entropy(output, target, ignore_index=UNKNOWN)
@@ -125,42 +162,33 @@ def box_distance(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return (output[known].sigmoid() - target[known]).abs().mean()
 
 
-def _answers(side: TowerSide, clips: list[SyntheticClip], rng: np.random.Generator) -> dict:
-    """Outputs and targets of all heads; the towers see the clips as the language model does."""
+def _shown(
+    side: TowerSide, clips: list[SyntheticClip], rng: np.random.Generator
+) -> dict[str, tuple[torch.Tensor, list[PatchOwners]]]:
+    """What each tower sees of the clips, which is what the language model sees, and what its patches show: of the
+    spatial one two frames of each clip, of the temporal one all tubelets."""
     facts = [object_facts(clip, side.words["colour"]) for clip in clips]
     batch = [as_seen(clip, side.num_frames) for clip in clips]
-    return {**_spatial(side, batch, rng), **_temporal(side, batch, facts)}
-
-
-def _spatial(side: TowerSide, batch: list[SyntheticClip], rng: np.random.Generator) -> dict:
-    """Outputs and targets of the patches of two frames of each clip."""
     frames, owners = [], []
-    for clip in batch:
-        index = patch_owner(clip.masks, side.patch_size)
+    for clip, own in zip(batch, facts, strict=True):
         for t in rng.choice(len(clip.frames), size=2, replace=False):
             frames.append(clip.frames[t])
-            owners.append(_owners(clip, index[t], t))
-    output = side.spatial_tower(spatial_input(np.stack(frames)), output_hidden_states=[side.spatial_layer])
-    features = output.hidden_states[side.spatial_layer][:, 1:].flatten(0, 1)
+            owners += frame_owners([clip], [own], side.patch_size, t)
+    moving = np.stack([clip.frames for clip in batch])
+    moving = temporal_input(moving.reshape(-1, *moving.shape[2:])).unflatten(0, moving.shape[:2])
     return {
-        f"spatial_{name}": (head(features), patch_targets(owners, name, side.words.get(name)))
-        for name, head in side.spatial_heads.items()
+        "spatial": (spatial_input(np.stack(frames)), owners),
+        "temporal": (moving, tubelet_owners(batch, facts, side.patch_size, side.tubelet_size)),
     }
 
 
-def _temporal(side: TowerSide, batch: list[SyntheticClip], facts: list[ObjectFacts]) -> dict:
-    """Outputs and targets of every tubelet, by the object in the middle of its time."""
-    frames = np.stack([clip.frames for clip in batch])
-    features = side.temporal_tower(
-        temporal_input(frames.reshape(-1, *frames.shape[2:])).unflatten(0, frames.shape[:2])
-    )
-    features = features.last_hidden_state[:, 1:].flatten(0, 1)
-    owners = tubelet_owners(batch, facts, side.patch_size, side.tubelet_size)
-    words = side.words | MOTION_WORDS
-    return {
-        f"temporal_{name}": (head(features), patch_targets(owners, name, words.get(name)))
-        for name, head in side.temporal_heads.items()
-    }
+def _answers(
+    side: TowerSide, tower: str, features: torch.Tensor, owners: list[PatchOwners]
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Outputs of the heads of a tower, and what they should be."""
+    heads = side.spatial_heads if tower == "spatial" else side.temporal_heads
+    features = features.flatten(0, 1)
+    return {name: (head(features), patch_targets(owners, name, side.words.get(name))) for name, head in heads.items()}
 
 
 def tubelet_owners(
@@ -175,9 +203,12 @@ def tubelet_owners(
     return owners
 
 
-def frame_owners(batch: list[SyntheticClip], patch_size: int, t: int) -> list[PatchOwners]:
-    """Of the spatial tower's patches of frame `t`: one item per clip."""
-    return [_owners(clip, patch_owner(clip.masks[:, [t]], patch_size)[0], t) for clip in batch]
+def frame_owners(batch: list[SyntheticClip], facts: list[ObjectFacts], patch_size: int, t: int) -> list[PatchOwners]:
+    """Of the spatial tower's patches of frame `t`: one item per clip, with the ranks on that frame."""
+    return [
+        _owners(clip, patch_owner(clip.masks[:, [t]], patch_size)[0], t, replace(own, ranks=ranks_on(clip, t)))
+        for clip, own in zip(batch, facts, strict=True)
+    ]
 
 
 def _owners(clip: SyntheticClip, index: np.ndarray, t: int, facts: ObjectFacts | None = None) -> PatchOwners:
@@ -223,26 +254,45 @@ def _word(clip: SyntheticClip, item: SyntheticObject, name: str) -> str | None:
 def evaluate_towers(side: TowerSide, world: WorldConfig, seed: int, clips: int = 48) -> dict[str, float]:
     batch = batch_clips(0, clips, seed, world, split="validation")
     figures = {}
-    for name, (output, target) in _answers(side, batch, np.random.default_rng(seed)).items():
-        if name.endswith("box"):
-            figures[f"val_{name}"] = box_distance(output, target)
-        elif name.endswith("events"):  # balanced: of those that happen, and of those that do not
-            figures[f"val_{name}"] = (
-                sum(((output > 0) == happens)[target == happens].float().mean() for happens in (0, 1)) / 2
-            )
-        else:
-            known = target != BACKGROUND
-            figures[f"val_{name}"] = (output.argmax(-1) == target)[known].float().mean()
+    for tower, (pixels, owners) in _shown(side, batch, np.random.default_rng(seed)).items():
+        for name, (output, target) in _answers(side, tower, side.patches(pixels), owners).items():
+            figures[f"val_{tower}_{name}"] = _accuracy(name, output, target)
     return figures
 
 
+def _accuracy(name: str, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Share of the patches with an object that a head is right about; of boxes the mean distance."""
+    if name == "box":
+        return box_distance(output, target)
+    if name == "events":  # balanced: of those that happen, and of those that do not
+        return sum(((output > 0) == happens)[target == happens].float().mean() for happens in (0, 1)) / 2
+    if name == "ranks":
+        output, target = _each_rank(output, target)
+    known = target != BACKGROUND
+    return (output.argmax(-1) == target)[known].float().mean()
+
+
+def _each_rank(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return output.unflatten(-1, (-1, MOST_RANKS)).flatten(0, 1), target.flatten()
+
+
 def train_tower_stage(
-    model: SparrowForVideoGrounding, output: Path, world_name: str, steps: int, clips: int = 16, seed: int = 0
+    model: SparrowForVideoGrounding,
+    output: Path,
+    world_name: str,
+    steps: int,
+    clips: int = 16,
+    seed: int = 0,
+    keeps: bool = False,
 ):
-    """Stage "towers": dense attributes, motion and boxes. Every other step sees long clips at every other frame."""
+    """Stage "towers": dense attributes, motion and boxes. Every other step sees long clips at every other frame.
+
+    Args:
+        keeps: see [`TowerSide`].
+    """
     torch.manual_seed(seed + 2)
     world = replace(PRESETS[world_name], still=0.2)
-    side = TowerSide(model, world)
+    side = TowerSide(model, world, keeps)
     run_stage(
         "towers",
         side,

@@ -5,6 +5,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sparrow_processing.processing_sparrow import BOX_TOKEN, SEG_TOKEN, TASK_PROMPTS, TSF_TOKEN, VIDEO_TOKEN
 from sparrow_processing.synthetic import VOCABULARY
+from sparrow_processing.synthetic.answers import ONE_ANSWER
 
 SPECIAL_TOKENS = [
     "<pad>",
@@ -20,10 +21,6 @@ SPECIAL_TOKENS = [
     "</p>",
 ]
 
-# Every answer the tiny model is trained to give starts with one of these.
-ANSWER = f"it is {BOX_TOKEN} {SEG_TOKEN} ."
-NO_TARGET_ANSWER = "there is no such object ."
-
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>"
     "{% if message.content is string %} {{ message.content }}"
@@ -38,7 +35,7 @@ CHAT_TEMPLATE = (
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer with one id per word; words it does not know are `<unk>`, capitals are lowered."""
     splitter = pre_tokenizers.Whitespace()
-    sentences = [*VOCABULARY, *TASK_PROMPTS.values(), ANSWER, NO_TARGET_ANSWER, "frames : ( , ) and the a in of"]
+    sentences = [*VOCABULARY, *TASK_PROMPTS.values(), ONE_ANSWER, "frames : ( , ) and the a in of"]
     sentences += [str(number) for number in range(17)]
     words = {word for sentence in sentences for word, _ in splitter.pre_tokenize_str(sentence.lower())}
     vocabulary = {token: index for index, token in enumerate(SPECIAL_TOKENS + sorted(words))}

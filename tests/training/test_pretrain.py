@@ -65,17 +65,21 @@ def small_start(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("recipe", ["grow", "longer", "answers", "memory", "plural"])
+@pytest.mark.parametrize("recipe", ["grow", "longer", "answers", "memory", "plural", "anchors"])
 def test_every_stage_in_turn_and_a_checkpoint_that_grounds(recipe, small_start, short_evaluation, tmp_path):
     plan = pretrain_tiny.RECIPES[recipe]
     for stage in plan:
         pretrain_tiny.train_stage(stage, tmp_path, "train", 1, clips=2, seed=0, recipe=recipe, start=small_start)
         assert pretrain_tiny.is_finished(tmp_path, stage, 1)
+        if stage in pretrain_tiny.PAPER_STAGES:
+            continue
         record = json.loads((tmp_path / f"{stage}.jsonl").read_text().splitlines()[-1])
         assert record["step"] == 1 and any(name.startswith("val_") for name in record)
     pretrain_tiny.assemble(tmp_path, tmp_path / "final", "train", seed=0, recipe=recipe, start=small_start)
     history = json.loads((tmp_path / "final" / "training.json").read_text())
     assert history["start"] == {"world": "shapes"} and set(history["stages"]) == set(plan)
+    assert all(stage["steps"] == 1 and stage["seconds"] > 0 for stage in history["stages"].values())
+    assert [item["stage"] for item in history["history"]] == [s for s in plan if s in pretrain_tiny.PAPER_STAGES]
     model, processor = load_model(str(tmp_path / "final"), "cpu")
     rules = model.config.filtration_config
     assert (rules.score_threshold, rules.fallback_threshold, model.config.num_prompt_frames) == CHOSEN
@@ -172,7 +176,7 @@ def test_a_deeper_language_model_answers_as_before(small_start, monkeypatch):
         return config
 
     monkeypatch.setattr(pretrain_tiny, "tiny_config", deepen)
-    deep, _ = pretrain_tiny.new_model(0, small_start)
+    deep, processor = pretrain_tiny.new_model(0, small_start)
     before, after = states(shallow), states(deep)
     assert len(after) == len(before) + 2
     # embeddings and first layer, then two layers that add nothing, then the others
@@ -182,7 +186,7 @@ def test_a_deeper_language_model_answers_as_before(small_start, monkeypatch):
         torch.testing.assert_close(after[number], before[1])
 
     deep.save_pretrained(small_start / "deep")
-    SparrowProcessor.from_pretrained(small_start).save_pretrained(small_start / "deep")
+    processor.save_pretrained(small_start / "deep")
     monkeypatch.undo()
     with pytest.raises(ValueError, match="it cannot shrink"):
         pretrain_tiny.new_model(0, small_start / "deep")
@@ -535,13 +539,17 @@ def test_what_is_not_there_is_denied_in_the_first_word_and_in_all(side):
     prefix = packed_questions.shared_ids(side.processor, 0)
     packed = packed_questions.pack_questions(side.processor, side.model.config, prefix, len(clips), questions)
     tokenizer = side.processor.tokenizer
-    said = {True: set(), False: set()}
+    said = {0: set(), 1: set(), 2: set()}
     for question, (row, column) in zip(packed.order, packed.first, strict=True):
         wanted = itertools.takewhile(lambda label: label >= 0, packed.labels[row, column + 1 :].tolist())
-        said[bool(question.targets)].add(tokenizer.decode(list(wanted)))
-    assert said == {True: {"it is [BOX] [SEG] . <|end|>"}, False: {"there"}}
+        said[min(len(question.targets), 2)].add(tokenizer.decode(list(wanted)))
+    assert said == {
+        0: {"nothing"},
+        1: {"it is [BOX] [SEG] . <|end|>"},
+        2: {"they are [BOX] [SEG] . <|end|>"},
+    }
     denied = sum(not question.targets for question in questions)
-    assert (packed.ids == tokenizer.convert_tokens_to_ids("such")).sum() == denied > 0
+    assert (packed.ids == tokenizer.convert_tokens_to_ids("nothing")).sum() == denied > 0
     assert len(packed.order) == len(questions) and (packed.ids == 3).sum() == len(questions)
 
 
