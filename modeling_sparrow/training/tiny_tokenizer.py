@@ -36,6 +36,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer with one id per word; words it does not know are `<unk>`, capitals are lowered."""
     splitter = pre_tokenizers.Whitespace()
     sentences = [*VOCABULARY, *TASK_PROMPTS.values(), ONE_ANSWER, "frames : ( , ) and the a in of"]
+    sentences += ["there is no such object ."]  # what earlier checkpoints answer
     sentences += [str(number) for number in range(17)]
     words = {word for sentence in sentences for word, _ in splitter.pre_tokenize_str(sentence.lower())}
     vocabulary = {token: index for index, token in enumerate(SPECIAL_TOKENS + sorted(words))}
