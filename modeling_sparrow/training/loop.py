@@ -50,6 +50,18 @@ def process_share() -> tuple[int, int]:
     return distributed.get_rank(), distributed.get_world_size()
 
 
+def share_of(clips: int) -> tuple[int, int]:
+    """Rank and number of the processes that share the clips of a step.
+
+    Raises:
+        ValueError: the clips cannot be dealt out evenly.
+    """
+    rank, processes = process_share()
+    if clips % processes:
+        raise ValueError(f"{clips} clips a step cannot be dealt out evenly among {processes} processes: use fewer.")
+    return rank, processes
+
+
 def average_gradients(parameters: list[nn.Parameter], processes: int):
     """Give every process the mean of all processes' gradients."""
     flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in parameters])

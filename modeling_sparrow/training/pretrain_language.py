@@ -28,7 +28,7 @@ from ..losses import box_regression_loss, filtration_class_loss, filtration_targ
 from ..mask_tracker import MaskPrompt
 from ..modeling_sparrow import SparrowForVideoGrounding
 from ..region_proposer import RegionProposals
-from .loop import computes_in_bfloat16, process_share, run_stage
+from .loop import computes_in_bfloat16, run_stage, share_of
 from .object_facts import EVENT_NAMES, MOST_RANKS, RANK_NAMES, ObjectFacts, object_facts
 from .packed_questions import (
     WELL_SEEN,
@@ -126,13 +126,12 @@ class PatchHeads(nn.Module):
 
     def __init__(self, size: int, words: dict[str, tuple[str, ...]]):
         super().__init__()
-        counts = {name: len(own) for name, own in words.items()} | {"box": 4}
-        doings = {"events": len(EVENT_NAMES), "partner": len(words["colour"])}
-        ranks = {"ranks": len(RANK_NAMES) * MOST_RANKS}
-        looks = {name: count for name, count in counts.items() if name not in MOTION_WORDS}
-        self.spatial = nn.ModuleDict({name: nn.Linear(size, count) for name, count in (looks | ranks).items()})
-        doings = counts | doings | ranks
-        self.temporal = nn.ModuleDict({name: nn.Linear(size, count) for name, count in doings.items()})
+        looks = {name: len(own) for name, own in words.items() if name not in MOTION_WORDS}
+        looks |= {"box": 4, "ranks": len(RANK_NAMES) * MOST_RANKS}
+        doings = {name: len(own) for name, own in MOTION_WORDS.items()}
+        doings |= {"events": len(EVENT_NAMES), "partner": len(words["colour"])}
+        self.spatial = nn.ModuleDict({name: nn.Linear(size, count) for name, count in looks.items()})
+        self.temporal = nn.ModuleDict({name: nn.Linear(size, count) for name, count in (looks | doings).items()})
 
 
 @dataclass
@@ -630,9 +629,7 @@ def train_language_stage(
         pixel_heads: weights of a stage "image", whose throw-away heads teach [SEG] what the decoder understands.
         with_towers: whether the towers learn along.
     """
-    share = process_share()
-    if clips % share[1]:
-        raise ValueError(f"{clips} clips a step cannot be dealt out evenly among {share[1]} processes: use fewer.")
+    share = share_of(clips)
     with_video = stage != "text"
     seed += STREAMS[stage]
     torch.manual_seed(seed)

@@ -24,7 +24,7 @@ from ..frame_pyramid import ClipPyramids, FramePyramid
 from ..losses import mask_bce_loss, mask_dice_loss
 from ..mask_tracker import FrameMasks, MaskPrompt, MaskTracker, TrackedObject
 from ..modeling_sparrow import SparrowForVideoGrounding
-from .loop import computes_in_bfloat16, process_share, run_stage
+from .loop import computes_in_bfloat16, run_stage, share_of
 from .tiny_model import initialize_attributes, initialize_for_scratch
 
 JITTER = 1.5 / 128  # of the corners of true boxes, normalised: as much as those of proposals are off
@@ -430,9 +430,7 @@ def train_video_stage(
     Raises:
         ValueError: the clips cannot be dealt out evenly among the processes.
     """
-    share = process_share()
-    if clips % share[1]:
-        raise ValueError(f"{clips} clips a step cannot be dealt out evenly among {share[1]} processes: use fewer.")
+    share = share_of(clips)
     hard = long_world(PRESETS[world_name])
     jumps = Footage(hard, jumps=JUMPS)
     footage = [Footage(hard), jumps, Footage(replace(hard, num_frames=8)), jumps]

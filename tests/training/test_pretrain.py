@@ -78,7 +78,7 @@ def test_every_stage_in_turn_and_a_checkpoint_that_grounds(recipe, small_start, 
     pretrain_tiny.assemble(tmp_path, tmp_path / "final", "train", seed=0, recipe=recipe, start=small_start)
     history = json.loads((tmp_path / "final" / "training.json").read_text())
     assert history["start"] == {"world": "shapes"} and set(history["stages"]) == set(plan)
-    assert all(stage["steps"] == 1 and stage["seconds"] >= 0 for stage in history["stages"].values())
+    assert all(stage["steps"] == 1 for stage in history["stages"].values())
     assert [item["stage"] for item in history["history"]] == [s for s in plan if s in pretrain_tiny.PAPER_STAGES]
     model, processor = load_model(str(tmp_path / "final"), "cpu")
     rules = model.config.filtration_config
