@@ -58,7 +58,7 @@ from .question_facts import QuestionHeads
 # Added to the seed of a run, so that no stage sees the clips of another.
 STREAMS = {"text": 3, "visual": 4, "motion": 6, "polish": 8}
 # kinds that a model learns last: what else there is has to be found, or counted, first
-LATE_KINDS = ("relation", "ordinal", "meeting")
+LATE_KINDS = ("relation", "ordinal", "meeting", "event", "none")
 
 # kinds that ask how one thing looks, and by what
 LOOKS = {"class": ("noun",), "colour": ("colour",), "colour_class": ("noun", "colour")}
@@ -102,10 +102,12 @@ class LanguageSide(nn.Module):
         self.box_head, self.seg_head = model.model.box_head, model.model.seg_head
         self.filtration_head = model.model.filtration_head
         size = model.config.prompt_size
-        self.box_regressor = nn.Sequential(nn.Linear(size, size), nn.ReLU(), nn.Linear(size, 4))
-        size = model.config.text_config.hidden_size
         self.words = pixel_side.words | MOTION_WORDS
         looks = {name: pixel_side.words[name] for name in ("noun", "colour")}
+        # of [BOX] embeddings: where their target is, and what it looks like, whether the question says so or not
+        self.box_regressor = nn.Sequential(nn.Linear(size, size), nn.ReLU(), nn.Linear(size, 4))
+        self.look_heads = nn.ModuleDict({name: nn.Linear(size, len(own)) for name, own in looks.items()})
+        size = model.config.text_config.hidden_size
         self.name_heads, self.question_heads = QuestionHeads(size, looks, False), QuestionHeads(size, looks, True)
         # of the visual tokens as they come from the adapters, and as attention to the target reads them
         self.patch_heads = nn.ModuleList(PatchHeads(size, self.words) for _ in range(2))
@@ -407,11 +409,8 @@ def language_step(
         losses["seg"] = seg_loss(side, side.seg_head(states.seg), batch, questions, seen, frame, pyramid)
         loss = loss + 0.5 * losses["seg"]
     if with_video:
-        if frame == 0:
-            one = [row for row, own in enumerate(seen) if len(own) == 1]
-            distance = (side.box_regressor(tokens[one]).sigmoid() - xyxy_to_cxcywh(targets[one, 0])).abs()
-            losses["regressor"] = distance.sum() / max(len(one), 1)
-            loss = loss + 1.5 * losses["regressor"]
+        losses["regressor"], losses["looks"] = target_losses(side, tokens, questions, batch)
+        loss = loss + 1.5 * losses["regressor"] + 0.1 * losses["looks"]
         meant = [q.targets for q in questions]
         losses["attention"] = attention_loss(side, states.attention, watched, clip_of, meant)
         anchors = [() if q.expression.anchor_id is None else (q.expression.anchor_id,) for q in questions]
@@ -424,6 +423,34 @@ def language_step(
         loss = loss + 0.6 * losses["attention"] + 1.0 * losses["anchor"]
         loss = loss + 0.2 * losses["names"] + 0.2 * losses["words"] + 0.1 * losses["tokens"] + 0.2 * losses["patches"]
     return {"loss": loss, **losses}
+
+
+def target_losses(
+    side: LanguageSide, tokens: torch.Tensor, questions: list[Question], clips: list[SyntheticClip]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the [BOX] embeddings of questions with one target: distance of the box that they tell from the target's on
+    the frame that would be prompted, the first candidate that shows it; cross-entropy of its noun and colour."""
+    rows, boxes, things = [], [], []
+    for row, question in enumerate(questions):
+        clip = clips[question.clip]
+        shown = [
+            t
+            for t in side.model.candidate_frames(len(clip.frames))
+            if (clip.visibility[list(question.targets), t] > WELL_SEEN).all()
+        ]
+        if len(question.targets) == 1 and shown:
+            rows.append(row)
+            boxes.append(true_boxes([clip], shown[0])[0][question.targets[0]])
+            things.append(clip.objects[question.targets[0]])
+    if not rows:
+        return tokens.sum() * 0.0, tokens.sum() * 0.0
+    tokens = tokens[rows]
+    distance = (side.box_regressor(tokens).sigmoid() - xyxy_to_cxcywh(torch.stack(boxes))).abs().sum() / len(rows)
+    looks = 0.0
+    for name, head in side.look_heads.items():
+        wanted = torch.tensor([side.words[name].index(getattr(thing, name)) for thing in things])
+        looks = looks + F.cross_entropy(head(tokens), wanted)
+    return distance, looks
 
 
 def seg_loss(
@@ -480,7 +507,7 @@ def attention_loss(
     objects: list[tuple[int, ...]],
 ) -> torch.Tensor:
     """-log of the attention that falls on the tokens of some objects: half of the heads on their temporal tokens, the
-    other half on their spatial tokens of the first frame. Only where the first frame shows all these objects.
+    other half on their spatial tokens of the first frame that shows all of them well.
 
     Args:
         attention: `(S, heads, prefix)`.
@@ -493,20 +520,22 @@ def attention_loss(
     places = visual_places(side, attention.shape[-1], len(clips[0].frames))
     middle = slice(config.temporal_config.tubelet_size // 2, None, config.temporal_config.tubelet_size)
     patch = config.temporal_config.patch_size
-    spatial_target, temporal_target, rows = [], [], []
+    spatial_target, temporal_target, rows, frames = [], [], [], []
     for row, (number, wanted) in enumerate(zip(clip_of, objects, strict=True)):
-        seen = clips[number].visibility[list(wanted), 0] > WELL_SEEN
-        if not wanted or not seen.all():
+        shown = (clips[number].visibility[list(wanted)] > WELL_SEEN).all(0)
+        if not wanted or not shown.any():
             continue
         rows.append(row)
+        frames.append(int(shown.argmax()))
         masks = clips[number].masks[list(wanted)].any(0)
         temporal_target.append(patch_owner(masks[None, middle], patch).ravel() == 0)
-        grid = F.adaptive_avg_pool2d(torch.from_numpy(masks[0]).float()[None], config.spatial_pool_size).flatten()
+        seen = torch.from_numpy(masks[frames[-1]]).float()[None]
+        grid = F.adaptive_avg_pool2d(seen, config.spatial_pool_size).flatten()
         spatial_target.append((grid > 0.25 * grid.max()).numpy())
     if not rows:
         return attention.sum() * 0.0
     spatial, temporal = attention[rows][..., places["spatial"]], attention[rows][..., places["temporal"]]
-    spatial = spatial[..., : config.spatial_pool_size**2]
+    spatial = spatial.unflatten(-1, (len(clips[0].frames), -1))[torch.arange(len(rows)), :, frames]
     on_temporal = (temporal * torch.from_numpy(np.stack(temporal_target))[:, None]).sum(-1)[:, : heads // 2]
     on_spatial = (spatial * torch.from_numpy(np.stack(spatial_target))[:, None]).sum(-1)[:, heads // 2 :]
     return -torch.log(torch.cat([on_temporal, on_spatial], dim=1) + 1e-4).mean() / math.log(10)
@@ -621,6 +650,7 @@ def train_language_stage(
     from_scratch: bool = True,
     pixel_heads: Path | None = None,
     with_towers: bool = False,
+    learning_rate: float = 1e-3,
 ):
     """Stages "text", "visual" and "motion": language model, token heads, filtration head; with video the adapters.
 
@@ -649,7 +679,6 @@ def train_language_stage(
     favoured: tuple[str, ...] = ()
     if stage in ("visual", "motion"):  # what is learnt last is asked most
         favoured = ("motion",) if from_scratch else LATE_KINDS
-    rate = 8e-4 if with_towers else 1e-3
     run_stage(
         stage,
         side,
@@ -668,7 +697,7 @@ def train_language_stage(
         ),
         output=output,
         steps=steps,
-        learning_rate=5e-4 if stage == "polish" else rate,
+        learning_rate=learning_rate,
         warmup=200 if with_towers else 50,  # throw-away heads that know nothing should not shake what does
         evaluate=functools.partial(evaluate_language, side, worlds, seed, with_video),
         evaluate_every=250,

@@ -84,6 +84,8 @@ RECIPES = {
         "target_injection": (30, 4),
         "filter": (30, 4),
     },
+    # the same without the stage of the towers alone
+    "refine": {"visual": (2000, 8), "plural": (150, 6), "target_injection": (30, 4), "filter": (30, 4)},
 }
 # stages of the paper: settings of `sparrow train`; stage 0 is part of the stage image
 PAPER_STAGES = {"target_injection": "tiny_target_injection", "filter": "tiny_filter"}
@@ -103,6 +105,8 @@ RUNS = (
 )
 # learning rate of the stage video: the better the memory is, the less it should be shaken, but for a new layer
 VIDEO_RATES = {"scratch": 8e-4, "grow": 6e-4, "longer": 4e-4, "answers": 4e-4, "memory": 6e-4, "plural": 4e-4}
+# recipes in which the towers learn along with the answers, and at which rate
+TOWERS_LEARN = {"answers": 8e-4, "anchors": 8e-4, "refine": 5e-4}
 # rules of the choice among proposals and of prompting, and the values among which held-out clips choose
 RULES = {
     "score_threshold": (0.5, 0.6, 0.7),
@@ -284,7 +288,8 @@ def train_stage(
             seed,
             from_scratch=from_scratch,
             pixel_heads=pixel_heads,
-            with_towers=recipe in ("answers", "anchors"),
+            with_towers=recipe in TOWERS_LEARN,
+            learning_rate=5e-4 if stage == "polish" else TOWERS_LEARN.get(recipe, 1e-3),
         )
     logger.info("%s: %d steps in %.0f s", stage, steps, time.time() - began)
 

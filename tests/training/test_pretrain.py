@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from modeling_sparrow.box_ops import xyxy_to_cxcywh
 from modeling_sparrow.cli import load_model
 from modeling_sparrow.filtration_head import FiltrationOutput
 from modeling_sparrow.frame_pyramid import ClipPyramids
@@ -65,7 +66,7 @@ def small_start(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("recipe", ["grow", "longer", "answers", "memory", "plural", "anchors"])
+@pytest.mark.parametrize("recipe", ["grow", "longer", "answers", "memory", "plural", "anchors", "refine"])
 def test_every_stage_in_turn_and_a_checkpoint_that_grounds(recipe, small_start, short_evaluation, tmp_path):
     plan = pretrain_tiny.RECIPES[recipe]
     for stage in plan:
@@ -418,10 +419,10 @@ def test_a_summary_counts_a_resumed_stage_once(tmp_path):
         {"step": 100, "seconds": 9.0, "val_right": 0.6},
         {"step": 200, "seconds": 18.0, "val_right": 0.7, "val_none": 0.1},
     ]
-    (tmp_path / "log").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     curve = [{"step": 100, "val_right": 0.6}, {"step": 200, "val_right": 0.7, "val_none": 0.1}]
     summary = {"steps": 200, "seconds": 33, "val_right": 0.7, "val_none": 0.1, "curve": curve}
-    assert pretrain_tiny._summary(tmp_path / "log") == summary
+    assert pretrain_tiny._summary(tmp_path, "log") == summary
 
 
 # ---------------------------------------------------------------------- the filtration loss of several and no targets
@@ -577,6 +578,64 @@ def test_supervised_attention_is_that_of_the_layer(side):
             expected = output.attentions[index][rows, :, columns, : len(prefix)]
             assert own.shape == (len(questions), 4, len(prefix))
             torch.testing.assert_close(own, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.fixture
+def late_clip():
+    """A clip whose first object comes in on frame 3."""
+    clip = generate_clip(0, PRESETS["easy"])
+    clip.visibility[:] = 1.0
+    clip.visibility[0, :3] = 0.0
+    clip.masks[0, :3] = False
+    return clip
+
+
+def test_attention_to_what_comes_late_is_led_to_where_it_is_first_seen(side, late_clip):
+    config, frames = side.model.config, len(late_clip.frames)
+    prefix = config.num_visual_tokens(frames) + 5
+    places = pretrain_language.visual_places(side, prefix, frames)
+    late = pretrain_towers.tubelet_owners(
+        [late_clip], [None], config.temporal_config.patch_size, config.temporal_config.tubelet_size
+    )
+    on_object = np.concatenate([owner.index for owner in late]).tolist().index(0)
+    y, x = (int(place.float().mean()) for place in torch.from_numpy(late_clip.masks[0, 3]).nonzero(as_tuple=True))
+    grid, (height, width) = config.spatial_pool_size, late_clip.masks.shape[2:]
+    cell = y * grid // height * grid + x * grid // width
+
+    def loss(frame, objects=(0,)):
+        attention = torch.zeros(1, 4, prefix)
+        attention[:, :2, places["temporal"].start + on_object] = 1
+        attention[:, 2:, places["spatial"].start + frame * grid**2 + cell] = 1
+        return float(pretrain_language.attention_loss(side, attention, [late_clip], [0], [objects]))
+
+    assert loss(3) == pytest.approx(0, abs=1e-4) and loss(0) == pytest.approx(2, abs=1e-3)  # half of the heads
+    assert loss(3, objects=()) == 0
+    late_clip.visibility[0] = 0
+    assert loss(3) == 0
+
+
+def test_a_box_embedding_tells_the_target_on_the_frame_that_is_prompted(side, late_clip, monkeypatch):
+    thing = late_clip.objects[0]
+    assert side.model.candidate_frames(len(late_clip.frames)) == [0, 2, 5, 7]
+    one = packed_questions.Question(0, Expression("", (0,), "event", 3), (0,), [])
+    others = [packed_questions.Question(0, Expression("", ids, "x", 3), ids, []) for ids in ((0, 1), ())]
+
+    def losses(frame, noun):
+        box = xyxy_to_cxcywh(pretrain_language.true_boxes([late_clip], frame)[0][0])
+        monkeypatch.setattr(side.box_regressor, "forward", lambda tokens: box.logit().expand(len(tokens), 4))
+        for name, word in (("noun", noun), ("colour", thing.colour)):
+            scores = torch.zeros(len(side.words[name]))
+            scores[side.words[name].index(word)] = 20
+            monkeypatch.setattr(
+                side.look_heads[name], "forward", lambda tokens, scores=scores: scores.expand(len(tokens), -1)
+            )
+        tokens = torch.zeros(3, side.model.config.prompt_size)
+        questions = [others[0], one, others[1]]
+        return [float(loss) for loss in pretrain_language.target_losses(side, tokens, questions, [late_clip])]
+
+    assert losses(5, thing.noun) == pytest.approx([0, 0], abs=1e-4)
+    distance, looks = losses(7, next(noun for noun in side.words["noun"] if noun != thing.noun))
+    assert distance > 0.01 and looks > 10
 
 
 def test_a_look_is_absent_from_clips_that_show_nothing_alike(side, monkeypatch):
