@@ -96,6 +96,12 @@ def masks_to_boxes(masks: torch.Tensor) -> torch.Tensor:
     return boxes.masked_fill(~columns.any(-1, keepdim=True), float("nan"))
 
 
+def tight_boxes(masks: torch.Tensor) -> torch.Tensor:
+    """Boxes of masks `(…, H, W)` as a share of the picture: `(…, 4)` normalised xyxy, NaN where empty."""
+    H, W = masks.shape[-2:]
+    return masks_to_boxes(masks) / torch.tensor([W, H, W, H], device=masks.device, dtype=torch.float32)
+
+
 def roi_align(
     features: torch.Tensor, boxes: torch.Tensor, output_size: int, scale: float, sampling_ratio: int = 0
 ) -> torch.Tensor:

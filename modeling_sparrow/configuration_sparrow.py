@@ -169,6 +169,9 @@ class FiltrationHeadConfig(SparrowBaseConfig):
             paper has one threshold for both). One: the best proposal is kept. Several: all with at least
             `plural_threshold`, on the candidate frame that shows most of them. sparrow-tiny has it.
         plural_threshold (`float`): least confidence of a proposal kept for a [BOX] that means several objects.
+        completion_iou (`float`, *optional*): of a [BOX] that means several objects, boxes on the other candidate
+            frames that overlap no followed mask by more than this IoU are followed too: what was hidden, or had not
+            yet come, on the frame that was prompted first. `None`: the objects of one frame alone.
         positive_iou, negative_iou (`float`): a proposal is a positive above the first, a negative below the second,
             ignored between. *Released*: 0.3 and 0.3.
         roi_gate_init (`float`): initial weight of the ROI score, clamped to [0, 1] at use (released variant).
@@ -193,6 +196,7 @@ class FiltrationHeadConfig(SparrowBaseConfig):
     dot_product_score: bool = False
     plural_head: bool = False
     plural_threshold: float = 0.3
+    completion_iou: float | None = None
     positive_iou: float = 0.5
     negative_iou: float = 0.2
     roi_hidden_size: int = 256

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from .box_ops import cxcywh_to_xyxy, generalized_iou, masks_to_boxes, pairwise_iou
+from .box_ops import cxcywh_to_xyxy, generalized_iou, pairwise_iou, tight_boxes
 from .configuration_sparrow import SparrowConfig
 
 if TYPE_CHECKING:
@@ -308,12 +308,6 @@ def masks_that_count(config: SparrowConfig, mask_labels: torch.Tensor) -> torch.
     """
     framewise = config.mask_tracker_config.propagation == "framewise"
     return ((mask_labels >= 0) if framewise else (mask_labels > 0)).flatten(2).any(-1)
-
-
-def tight_boxes(masks: torch.Tensor) -> torch.Tensor:
-    """Boxes of masks `(…, H, W)` as a share of the picture: `(…, 4)` normalised xyxy, NaN where empty."""
-    H, W = masks.shape[-2:]
-    return masks_to_boxes(masks) / torch.tensor([W, H, W, H], device=masks.device, dtype=torch.float32)
 
 
 def boxes_over_time(masks: torch.Tensor) -> torch.Tensor:

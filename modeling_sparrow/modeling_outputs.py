@@ -1,11 +1,12 @@
 """What the models return."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import Cache
 from transformers.utils import ModelOutput
 
+from .box_ops import pairwise_iou, tight_boxes
 from .configuration_sparrow import FiltrationHeadConfig
 from .filtration_head import FiltrationOutput, select_boxes
 from .mask_tracker import FrameMasks, TrackedObject
@@ -121,6 +122,8 @@ class LocatedBoxes:
         token: `(D,)` embedding after attending to the proposals (released variant), else the one given.
         proposals: of that frame, before the choice.
         confidence: `(Q,)` of each proposal.
+        elsewhere: of a token that is known to mean several objects, the same for the other frames that were looked at,
+            those that show most of them first.
     """
 
     frame_index: int
@@ -129,6 +132,7 @@ class LocatedBoxes:
     token: torch.Tensor
     proposals: RegionProposals
     confidence: torch.Tensor
+    elsewhere: list["LocatedBoxes"] = field(default_factory=list)
 
     @staticmethod
     def choose(
@@ -156,21 +160,56 @@ class LocatedBoxes:
             value = [confidence.max().item() for confidence, _ in scored]
             passing = [place for place, best in enumerate(value) if best >= config.score_threshold]
         place = passing[0] if passing else value.index(max(value))
-        frame, chosen, (confidence, boxes) = filtered[place], found[place], scored[place]
-        if at_least_one and not len(chosen):
-            chosen = confidence.argmax()[None]
-        output = frame.output
-        embedding = token if output.tokens is None else output.tokens[s]
-        return LocatedBoxes(
-            frame.frame_index, boxes[chosen], confidence[chosen], embedding, frame.proposals, confidence
-        )
+        if at_least_one and not len(found[place]):
+            found[place] = scored[place][0].argmax()[None]
+        located = [
+            LocatedBoxes(
+                frame.frame_index,
+                boxes[chosen],
+                confidence[chosen],
+                token if frame.output.tokens is None else frame.output.tokens[s],
+                frame.proposals,
+                confidence,
+            )
+            for frame, chosen, (confidence, boxes) in zip(filtered, found, scored, strict=True)
+        ]
+        if is_plural:
+            others = sorted((other for other in range(len(value)) if other != place), key=lambda i: -value[i])
+            located[place].elsewhere = [located[other] for other in others]
+        return located[place]
 
     def drop_broken_boxes(self) -> int:
         """Drop, in place, boxes that are not finite or end before they begin; returns how many."""
         sound = self.scores.isfinite() & self.boxes.isfinite().all(-1)
         sound &= (self.boxes[:, :2] <= self.boxes[:, 2:]).all(-1)
         self.boxes, self.scores = self.boxes[sound], self.scores[sound]
-        return int((~sound).sum())
+        return int((~sound).sum()) + sum(place.drop_broken_boxes() for place in self.elsewhere)
+
+    def not_covered(self, followed: torch.Tensor, iou: float) -> "LocatedBoxes":
+        """The boxes that overlap none of `followed`, `(n, 4)` normalised xyxy or NaN, by more than `iou`."""
+        overlap = pairwise_iou(self.boxes, followed.to(self.boxes)).nan_to_num()
+        free = (overlap <= iou).all(-1)
+        return replace(self, boxes=self.boxes[free], scores=self.scores[free], elsewhere=[])
+
+
+@dataclass
+class FollowedObjects:
+    """Objects of one video that are followed together.
+
+    Args:
+        tracked: what prompts each.
+        owners: (row, place among the objects of the row) of each.
+        queries: `(P,)` [BOX] embedding of each that was located by one.
+    """
+
+    tracked: list[TrackedObject] = field(default_factory=list)
+    owners: list[tuple[int, int]] = field(default_factory=list)
+    queries: list[torch.Tensor] = field(default_factory=list)
+
+    @property
+    def box_embeddings(self) -> torch.Tensor | None:
+        """`(N, P)`, if all objects have one."""
+        return torch.stack(self.queries) if self.queries and len(self.queries) == len(self.tracked) else None
 
 
 @dataclass
@@ -210,6 +249,7 @@ class GroundedObject:
         score: confidence of the box, or of the mask on the prompted frame.
         frame_scores: `(T,)` confidence on each frame.
         object_logits: `(T,)` logit of being there on each frame.
+        frame_boxes: `(T, 4)` normalised xyxy around the mask on each frame, NaN where it is empty.
         mask_logits: `(T, h, w)` low-resolution logits over the square frame, or None if they went to a sink.
     """
 
@@ -219,6 +259,7 @@ class GroundedObject:
     score: float | None
     frame_scores: torch.Tensor
     object_logits: torch.Tensor
+    frame_boxes: torch.Tensor
     mask_logits: torch.Tensor | None = None
 
     @classmethod
@@ -233,6 +274,7 @@ class GroundedObject:
             score=place.scores[k].item() if place is not None else None,
             frame_scores=torch.zeros(num_frames),
             object_logits=torch.full((num_frames,), -torch.inf),
+            frame_boxes=torch.full((num_frames, 4), torch.nan),
         )
 
     def record(self, masks: FrameMasks, row: int, keep_logits: bool):
@@ -240,6 +282,7 @@ class GroundedObject:
         t = masks.frame_index
         self.frame_scores[t] = masks.score[row].float().cpu()
         self.object_logits[t] = masks.object_logits[row].float().cpu()
+        self.frame_boxes[t] = tight_boxes(masks.logits[row]).cpu()
         if self.score is None and t == self.frame_index:
             self.score = self.frame_scores[t].item()
         if keep_logits:
@@ -257,7 +300,7 @@ class GroundingOutput:
 
     Args:
         sequences: `(B, L)` generated ids, prompt removed.
-        objects: for each row its [`GroundedObject`]s, in the order of the tokens.
+        objects: for each row its [`GroundedObject`]s, in the order of the tokens, then those missed at first.
         num_frames: for each row, frames of its video.
         warnings: for each row, sentences about tokens that could not be paired.
         timings: seconds spent in `generate`, `locate` and `propagate`.
@@ -274,3 +317,26 @@ class GroundingOutput:
     metadata: list | None = None
     located: list[list[LocatedBoxes]] = field(default_factory=list)
     tracked: list[list[TrackedObject]] = field(default_factory=list)
+
+    def start_objects(
+        self,
+        row: int,
+        position: int,
+        tracked: list[TrackedObject],
+        place: LocatedBoxes | None,
+        query: torch.Tensor | None,
+        batch: FollowedObjects,
+    ):
+        """Add what a token prompts to the objects of a row, and to those that are followed together.
+
+        Args:
+            position: of the token among the generated ones.
+            place, query: where it was found, and its [BOX] embedding, if it has one.
+        """
+        for k, item in enumerate(tracked):
+            batch.tracked.append(item)
+            batch.owners.append((row, len(self.objects[row])))
+            if query is not None:
+                batch.queries.append(query)
+            self.tracked[row].append(item)
+            self.objects[row].append(GroundedObject.start(position, item, place, k, self.num_frames[row]))

@@ -27,7 +27,7 @@ from .modeling_outputs import (
     AnswerTokens,
     ClipBatch,
     FilteredFrame,
-    GroundedObject,
+    FollowedObjects,
     GroundingOutput,
     LocatedBoxes,
     SparrowModelOutput,
@@ -739,12 +739,12 @@ class SparrowForVideoGrounding(SparrowPreTrainedModel, GenerationMixin):
         keep_logits: bool,
         output: GroundingOutput,
     ) -> Iterator[tuple[int, FrameMasks]]:
-        """Boxes and masks for all rows that ask about one video; each frame is encoded once for all of them."""
+        """Boxes and masks for all rows that ask about one video; each frame is encoded once for all of them, and once
+        more for objects that were missed at first."""
         began = time.perf_counter()
         pyramids = self.model.mask_tracker.encode_video(stream)
-        objects: list[TrackedObject] = []
-        owners: list[tuple[int, int]] = []  # (row, place among the objects of the row) of each object
-        queries: list[torch.Tensor] = []  # its [BOX] embedding, if it has one
+        batch = FollowedObjects()
+        tokens: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # [BOX] and [SEG] embeddings of each row
         for row, answer in answers.items():
             box_tokens = self._box_queries(answer.box, answer.seg)
             located = self.locate(box_tokens, pyramids, proposer_pixel_values) if len(box_tokens) else []
@@ -755,26 +755,43 @@ class SparrowForVideoGrounding(SparrowPreTrainedModel, GenerationMixin):
             if original_size is not None and located:
                 self._apply_box_prior(located, pyramids.at(0), original_size)
             output.located[row] = located
-            grounded = output.objects[row]
-            seg_tokens = self._mask_queries(answer.box, answer.seg, located)
-            for token, tracked in enumerate(self.tracked_objects(seg_tokens, located)):
+            tokens[row] = box_tokens, self._mask_queries(answer.box, answer.seg, located)
+            for token, tracked in enumerate(self.tracked_objects(tokens[row][1], located)):
                 place = located[min(token, len(located) - 1)] if located else None
-                for k, item in enumerate(tracked):
-                    owners.append((row, len(grounded)))
-                    objects.append(item)
-                    output.tracked[row].append(item)
-                    grounded.append(GroundedObject.start(answer.positions[token], item, place, k, len(stream)))
-                    if place is not None:
-                        queries.append(box_tokens[min(token, len(box_tokens) - 1)])
+                query = box_tokens[min(token, len(box_tokens) - 1)] if located else None
+                output.start_objects(row, answer.positions[token], tracked, place, query, batch)
         output.timings["locate"] += time.perf_counter() - began
         began = time.perf_counter()
-        box_embeddings = torch.stack(queries) if queries and len(queries) == len(objects) else None
-        for masks in self.propagate(pyramids, objects, box_embeddings):
-            for row, own in masks.by_owner(owners).items():
-                for position, place in enumerate(own.objects):
-                    output.objects[row][place].record(own, position, keep_logits)
-                yield row, own
+        while batch.tracked:
+            for masks in self.propagate(pyramids, batch.tracked, batch.box_embeddings):
+                for row, own in masks.by_owner(batch.owners).items():
+                    for position, place in enumerate(own.objects):
+                        output.objects[row][place].record(own, position, keep_logits)
+                    yield row, own
+            batch = self._missed_objects(answers, tokens, output)
         output.timings["propagate"] += time.perf_counter() - began
+
+    def _missed_objects(
+        self,
+        answers: dict[int, "AnswerTokens"],
+        tokens: dict[int, tuple[torch.Tensor, torch.Tensor]],
+        output: GroundingOutput,
+    ) -> FollowedObjects:
+        """Objects that another searched frame shows and no followed mask covers there: of each token those of the next
+        such frame. They are added to the output; none are left in the end, as every frame is looked at once."""
+        batch, iou = FollowedObjects(), self.config.filtration_config.completion_iou
+        for row, (box_tokens, seg_tokens) in tokens.items():
+            for token, place in enumerate(output.located[row] if iou is not None else ()):
+                position = answers[row].positions[token]
+                own = [item for item in output.objects[row] if item.token_position == position]
+                missed = None
+                while place.elsewhere and own and (missed is None or not len(missed.boxes)):
+                    other = place.elsewhere.pop(0)
+                    missed = other.not_covered(torch.stack([item.frame_boxes[other.frame_index] for item in own]), iou)
+                if missed is not None:
+                    (tracked,) = self.tracked_objects(seg_tokens[token : token + 1], [missed])
+                    output.start_objects(row, position, tracked, missed, box_tokens[token], batch)
+        return batch
 
     def _read_answer(self, ids: torch.Tensor, states: torch.Tensor) -> AnswerTokens:
         """[BOX] and [SEG] embeddings of one generated answer, `ids` `(L,)` and `states` `(L, D)`.

@@ -7,7 +7,7 @@ They apply when the configuration says so (`filtration_config.variant == "releas
 import torch
 import torch.nn.functional as F
 
-from .box_ops import masks_to_boxes, pairwise_iou
+from .box_ops import pairwise_iou, tight_boxes
 from .configuration_sparrow import FiltrationHeadConfig
 from .frame_pyramid import FramePyramid
 from .mask_tracker import MaskTracker
@@ -67,8 +67,7 @@ def box_prior_scores(masks: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
     """
     boxes = _corners(boxes).clamp(0, 1)
     binary = masks > 0.5
-    h, w = masks.shape[-2:]
-    tight = masks_to_boxes(binary) / torch.tensor([w, h, w, h], device=masks.device)
+    tight = tight_boxes(binary)
     mask_area = binary.flatten(1).float().mean(1)
     sides = (boxes[:, 2:] - boxes[:, :2]).clamp(min=1e-6)
     iou = torch.stack([pairwise_iou(box[None], other[None])[0, 0] for box, other in zip(boxes, tight, strict=True)])

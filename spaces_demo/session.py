@@ -163,7 +163,8 @@ class Session:
                 yield self._advance(masks.frame_index, len(self.reader))
         self._keep(grounder, collector)
         ids = {place: number for number, place in enumerate(self.places)}
-        self.reprompts = [Reprompt(ids[row, k], frame, box) for row, k, frame, box in reprompts]
+        # stopped early, objects that came in last may not be in the results
+        self.reprompts = [Reprompt(ids[row, k], frame, box) for row, k, frame, box in reprompts if (row, k) in ids]
 
     def _until_stopped(self, steps: Iterator) -> Iterator:
         """The steps, until the visitor stops them or leaves, or the time is over."""

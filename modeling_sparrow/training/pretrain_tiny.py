@@ -84,8 +84,8 @@ RECIPES = {
         "target_injection": (30, 4),
         "filter": (30, 4),
     },
-    # the same without the stage of the towers alone
-    "refine": {"visual": (2000, 8), "plural": (150, 6), "target_injection": (30, 4), "filter": (30, 4)},
+    # the same again, without the stage of the towers alone
+    "refine": {"visual": (1750, 8), "plural": (150, 6), "target_injection": (30, 4), "filter": (30, 4)},
 }
 # stages of the paper: settings of `sparrow train`; stage 0 is part of the stage image
 PAPER_STAGES = {"target_injection": "tiny_target_injection", "filter": "tiny_filter"}
@@ -102,6 +102,7 @@ RUNS = (
     ("memory", "train", 5),
     ("plural", "train", 6),
     ("anchors", "train", 7),
+    ("refine", "train", 8),
 )
 # learning rate of the stage video: the better the memory is, the less it should be shaken, but for a new layer
 VIDEO_RATES = {"scratch": 8e-4, "grow": 6e-4, "longer": 4e-4, "answers": 4e-4, "memory": 6e-4, "plural": 4e-4}

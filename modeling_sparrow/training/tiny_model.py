@@ -112,6 +112,7 @@ def tiny_config(vocab_size: int = 256, **special_token_ids: int) -> SparrowConfi
             "roi_size": 5,
             "dot_product_score": True,
             "plural_head": True,
+            "completion_iou": 0.3,
             "num_refined": 8,
             "max_boxes_per_token": 4,
             "nms_threshold": 0.5,

@@ -3,11 +3,16 @@
 import pytest
 import torch
 
+from modeling_sparrow.box_ops import tight_boxes
+from modeling_sparrow.cli import load_model
 from modeling_sparrow.configuration_sparrow import FiltrationHeadConfig
 from modeling_sparrow.filtration_head import FiltrationOutput, select_boxes
 from modeling_sparrow.losses import filter_losses
-from modeling_sparrow.modeling_outputs import FilteredFrame, LocatedBoxes
+from modeling_sparrow.modeling_outputs import FilteredFrame, GroundingOutput, LocatedBoxes
 from modeling_sparrow.region_proposer import RegionProposals
+from modeling_sparrow.registration import DEFAULT_CHECKPOINT
+from sparrow_processing import open_video
+from sparrow_processing.synthetic import PRESETS, generate_clip
 
 from ..tiny import random_clip, random_config, random_model, say
 
@@ -53,6 +58,7 @@ def test_several_are_looked_for_where_most_of_them_are(plural_logit, frame, coun
     frames.append(filtered(7, [0.1, 0.4, 0.35], plural_logit))
     place = LocatedBoxes.choose(frames, 0, torch.zeros(4), RULES)
     assert place.frame_index == frame and len(place.boxes) == count
+    assert [other.frame_index for other in place.elsewhere] == ([0, 7] if count == 2 else [])
 
 
 def test_the_head_learns_from_the_boxes_of_a_token_and_not_from_its_mask():
@@ -89,3 +95,42 @@ def test_a_model_with_the_head_looks_at_all_candidate_frames_for_several(process
         asked.clear()
         counts[logit] = len(model.ground(**inputs, **say(inputs)).objects[0]), len(asked)
     assert counts[-100.0] == (1, 1) and counts[100.0][0] >= 1 and counts[100.0][1] == 2
+
+
+def test_what_no_mask_covers_on_another_frame():
+    place = LocatedBoxes(4, BOXES, torch.tensor([0.9, 0.8, 0.7]), torch.zeros(4), None, torch.zeros(3))
+    followed = torch.stack([BOXES[1] + 0.02, torch.full((4,), torch.nan)])
+    missed = place.not_covered(followed, 0.3)
+    assert torch.equal(missed.boxes, BOXES[[0, 2]]) and missed.scores.tolist() == pytest.approx([0.9, 0.7])
+    assert missed.frame_index == 4 and len(place.not_covered(followed, 0.9).boxes) == 3
+
+
+@pytest.mark.parametrize("completion_iou", [None, 0.3])
+def test_objects_that_were_missed_at_first_are_followed_too(completion_iou):
+    """Two things of a clip, of which the frame that is prompted shows one; others show both."""
+    model, processor = load_model(DEFAULT_CHECKPOINT, "cpu")
+    model.config.filtration_config.completion_iou = completion_iou
+    clip = generate_clip(4, PRESETS["easy"])
+    height, width = clip.frames.shape[1:3]
+    boxes = torch.from_numpy(clip.boxes) / torch.tensor([width, height, width, height])
+    assert clip.visibility[:2, [0, 4, 7]].min() > 0.8
+
+    def place(frame, ids):
+        return LocatedBoxes(frame, boxes[ids, frame], torch.ones(len(ids)), torch.zeros(64), None, torch.ones(1))
+
+    first = place(0, [0])
+    first.elsewhere = [place(4, [0, 1]), place(7, [0, 1])]
+    model.locate = lambda *_: [first]
+    inputs = processor(text="both things", videos=open_video(clip.frames, fps=8))
+    output = GroundingOutput()
+    answer = say(inputs, "they are [BOX] [SEG] . <|end|>")
+    walk = model.ground_iter(**inputs, **answer, output=output, keep_logits=True)
+    steps = [(own.objects, own.frame_index) for _, own in walk]
+    prompted = [0] if completion_iou is None else [0, 4]
+    assert [found.frame_index for found in output.objects[0]] == prompted
+    assert [tracked.frame_index for tracked in output.tracked[0]] == prompted
+    assert sorted(steps) == [([k], t) for k in range(len(prompted)) for t in range(8)]
+    (result,) = processor.post_process_grounding(output)
+    for found, mask, truth in zip(output.objects[0], result.masks, clip.masks, strict=False):
+        assert (mask & truth).sum() / (mask | truth).sum() > 0.6
+        torch.testing.assert_close(found.frame_boxes, tight_boxes(found.mask_logits), equal_nan=True)

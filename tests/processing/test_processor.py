@@ -428,9 +428,9 @@ def output_of(processor, masks, answer="it is [BOX] [SEG] .", request=None, obje
     N, T = masks.shape[:2]
     object_logits = torch.ones(N, T) if object_logits is None else object_logits
     scores = torch.full((N, T), 0.75) if scores is None else scores
+    box, boxes = torch.tensor([0.1, 0.1, 0.4, 0.4]), torch.full((T, 4), torch.nan)
     objects = [
-        GroundedObject(positions[k], 0, torch.tensor([0.1, 0.1, 0.4, 0.4]), 0.5, scores[k], object_logits[k], masks[k])
-        for k in range(N)
+        GroundedObject(positions[k], 0, box, 0.5, scores[k], object_logits[k], boxes, masks[k]) for k in range(N)
     ]
     request = request or request_of(T, range(T))
     return GroundingOutput(torch.tensor([ids]), [objects], [T], [[]], {"generate": 0.25}, [request])
