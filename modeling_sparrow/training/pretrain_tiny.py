@@ -84,8 +84,8 @@ RECIPES = {
         "target_injection": (30, 4),
         "filter": (30, 4),
     },
-    # the same again, without the stage of the towers alone
-    "refine": {"visual": (1750, 8), "plural": (150, 6), "target_injection": (30, 4), "filter": (30, 4)},
+    # the answers once more
+    "refine": {"visual": (1750, 8), "plural": (150, 6)},
 }
 # stages of the paper: settings of `sparrow train`; stage 0 is part of the stage image
 PAPER_STAGES = {"target_injection": "tiny_target_injection", "filter": "tiny_filter"}
