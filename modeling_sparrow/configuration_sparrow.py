@@ -209,6 +209,8 @@ class FiltrationHeadConfig(SparrowBaseConfig):
     def validate_architecture(self):
         if self.variant == "paper" and self.hidden_size % 8:
             raise ValueError(f"hidden_size must be a multiple of 8, for the box embedding, got {self.hidden_size}.")
+        if self.completion_iou is not None and not self.plural_head:
+            raise ValueError("completion_iou is for a [BOX] that means several objects: it needs plural_head=True.")
 
 
 @strict
@@ -399,6 +401,8 @@ class SparrowConfig(SparrowBaseConfig):
             )
         if not 1 <= self.num_prompt_frames <= self.num_frames:
             raise ValueError(f"num_prompt_frames must lie in 1 … num_frames = {self.num_frames}.")
+        if self.filtration_config.completion_iou is not None and self.mask_tracker_config.propagation == "framewise":
+            raise ValueError("completion_iou adds objects to those that memory follows: not with framewise masks.")
 
     @property
     def prompt_size(self) -> int:

@@ -134,3 +134,12 @@ def test_objects_that_were_missed_at_first_are_followed_too(completion_iou):
     for found, mask, truth in zip(output.objects[0], result.masks, clip.masks, strict=False):
         assert (mask & truth).sum() / (mask | truth).sum() > 0.6
         torch.testing.assert_close(found.frame_boxes, tight_boxes(found.mask_logits), equal_nan=True)
+
+
+def test_what_completion_needs():
+    with pytest.raises(ValueError, match="needs plural_head=True"):
+        FiltrationHeadConfig(completion_iou=0.3)
+    rules = {"filtration_config": {"plural_head": True, "completion_iou": 0.3}}
+    with pytest.raises(ValueError, match="not with framewise masks"):
+        random_config(**rules, mask_tracker_config={"propagation": "framewise"})
+    assert random_config(**rules).filtration_config.completion_iou == 0.3
