@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
 
 from modeling_sparrow.box_ops import tight_boxes
 from modeling_sparrow.cli import load_model
@@ -137,9 +138,9 @@ def test_objects_that_were_missed_at_first_are_followed_too(completion_iou):
 
 
 def test_what_completion_needs():
-    with pytest.raises(ValueError, match="needs plural_head=True"):
+    with pytest.raises(StrictDataclassClassValidationError, match="needs plural_head=True"):
         FiltrationHeadConfig(completion_iou=0.3)
     rules = {"filtration_config": {"plural_head": True, "completion_iou": 0.3}}
-    with pytest.raises(ValueError, match="not with framewise masks"):
+    with pytest.raises(StrictDataclassClassValidationError, match="not with framewise masks"):
         random_config(**rules, mask_tracker_config={"propagation": "framewise"})
     assert random_config(**rules).filtration_config.completion_iou == 0.3
