@@ -432,16 +432,15 @@ def target_losses(
     the frame that would be prompted, the first candidate that shows it; cross-entropy of its noun and colour."""
     rows, boxes, things = [], [], []
     for row, question in enumerate(questions):
-        clip = clips[question.clip]
-        shown = [
-            t
-            for t in side.model.candidate_frames(len(clip.frames))
-            if (clip.visibility[list(question.targets), t] > WELL_SEEN).all()
-        ]
-        if len(question.targets) == 1 and shown:
+        if len(question.targets) != 1:
+            continue
+        clip, (target,) = clips[question.clip], question.targets
+        candidates = side.model.candidate_frames(len(clip.frames))
+        shown = [t for t in candidates if clip.visibility[target, t] > WELL_SEEN]
+        if shown:
             rows.append(row)
-            boxes.append(true_boxes([clip], shown[0])[0][question.targets[0]])
-            things.append(clip.objects[question.targets[0]])
+            boxes.append(true_boxes([clip], shown[0])[0][target])
+            things.append(clip.objects[target])
     if not rows:
         return tokens.sum() * 0.0, tokens.sum() * 0.0
     tokens = tokens[rows]
